@@ -205,3 +205,19 @@ def _search(chip: str, direction: str, bits: int, launch: Callable[[Config], Non
         with contextlib.suppress(triton.runtime.errors.OutOfResources):
             times[config] = triton.testing.do_bench(functools.partial(launch, config))
     return min(times, key=times.get)
+
+
+class MixConfig(NamedTuple):
+    """How DAPE's mixing runs: BLOCK_N pairs of a row at a time; `run`, rows a program takes."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    run: int
+    fp32: str = "ieee"
+
+
+def pick_mixing(q: torch.Tensor, direction: str, heads: int, units: int, fire: int) -> MixConfig:
+    if arch(q.device) == "interpreter":
+        return MixConfig(64, 4, 1, 4)
+    return MixConfig(128, 4, 2, 32) if direction == "mix" else MixConfig(64, 4, 2, 32)

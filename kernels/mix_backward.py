@@ -38,6 +38,18 @@ def add_to(PART, value, ROWS: tl.constexpr, COLS: tl.constexpr):
     return PART + ROWS * COLS
 
 
+@triton.jit
+def fire_gradient(dbase, f, position, first_weight, last_back, dlast, dfirst, fire_slope, PRECISION: tl.constexpr):
+    """FIRE's MLP backward -> dlast and dfirst (its first two rows: weight, bias) with more added, and d position."""
+    dlast = tl.dot(tl.trans(dbase), f.to(dbase.dtype), dlast, input_precision=PRECISION)
+    dv = tl.dot(dbase, last_back, input_precision=PRECISION)
+    dv = tl.where(f > 0, dv, dv * fire_slope)
+    kind = tl.arange(0, 16)[:, None]
+    moments = tl.where(kind == 0, position[None, :], tl.where(kind == 1, 1.0, 0.0))
+    dfirst = tl.dot(moments.to(dbase.dtype), dv.to(dbase.dtype), dfirst, input_precision=PRECISION)
+    return dlast, dfirst, tl.sum(dv * first_weight, 1)
+
+
 @triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "m0", "m1", "n0", "b0", "RUN", "slots"])
 def mix_backward(
     S, DS, X, LSE2, PAD, W1, B1, W2, B2, TABLE, LINE, ROWS, FIRST, LAST, LAST_BIAS, fire_slope,
@@ -143,7 +155,7 @@ def mix_backward(
             dl_sum += dl
             dl_in = dl.to(GRAD)
             du = tl.dot(dl_in, w2_back, input_precision=PRECISION)
-            du = tl.where(u > 0, du, du * SLOPE)
+            du = tl.where(h > 0, du, du * SLOPE)  # h has u's sign, in half the registers
             du_in = du.to(GRAD)
             du_sum += du
             ds = tl.dot(du_in, w1_back, dl, input_precision=PRECISION)
@@ -154,13 +166,7 @@ def mix_backward(
                 dbase_sum += dbase
                 dbase_in = dbase.to(GRAD)
                 dw1_base = tl.dot(tl.trans(base.to(GRAD)), du_in, dw1_base, input_precision=PRECISION)
-                dlast = tl.dot(tl.trans(dbase_in), f.to(GRAD), dlast, input_precision=PRECISION)
-                dv = tl.dot(dbase_in, last_back, input_precision=PRECISION)
-                dv = tl.where(v > 0, dv, dv * fire_slope)
-                kind = tl.arange(0, 16)[:, None]
-                moments = tl.where(kind == 0, position[None, :], tl.where(kind == 1, 1.0, 0.0))
-                dfirst = tl.dot(moments.to(GRAD), dv.to(GRAD), dfirst, input_precision=PRECISION)
-                dx = tl.sum(dv * first_weight, 1)
+                dlast, dfirst, dx = fire_gradient(dbase_in, f, position, first_weight, last_back, dlast, dfirst, fire_slope, PRECISION)
                 dline += dx * row_scale
                 tl.store(DROWS + (slot * blocks + pid // STEP % blocks).to(tl.int64) * r_x + i - m0, tl.sum(dx * line, 0))
             tl.store(pointers, tl.trans(p).to(GRAD), mask=inside)
@@ -168,9 +174,6 @@ def mix_backward(
             tl.store(pointers, tl.trans(ds).to(GRAD), mask=inside)
         part = PART + (slot.to(tl.int64) * slots + pid) * PARTS
         part = add_to(part, dw1, HEADS, UNITS)
-        part = add_to(part, dw2, HEADS, UNITS)
-        part = add_to(part, tl.sum(du_sum, 0)[None, :], 1, UNITS)
-        part = add_to(part, tl.sum(dl_sum, 0)[None, :], 1, HEADS)
         if BASE == TABLE_BASE:
             # The bias is the same in every row, so its part of the first layer takes one product a program.
             part = add_to(part, tl.dot(tl.trans(base), du_sum, input_precision=PRECISION), HEADS, UNITS)
@@ -180,10 +183,14 @@ def mix_backward(
             tl.store(strips, dbase, mask=(heads < H)[None, :])
         elif BASE == FIRE_BASE:
             part = add_to(part, dw1_base, HEADS, UNITS)
+            tl.store(STRIPS + copy * strip_width + place, dline)
+        part = add_to(part, tl.sum(du_sum, 0)[None, :], 1, UNITS)
+        part = add_to(part, dw2, HEADS, UNITS)
+        part = add_to(part, tl.sum(dl_sum, 0)[None, :], 1, HEADS)
+        if BASE == FIRE_BASE:
             part = add_to(part, dlast, HEADS, FIRE_UNITS)
             part = add_to(part, dfirst, 16, FIRE_UNITS)
             part = add_to(part, tl.sum(dbase_sum, 0)[None, :], 1, HEADS)
-            tl.store(STRIPS + copy * strip_width + place, dline)
 
 
 @triton.jit(do_not_specialize=["Lq", "length", "m0", "n0", "RUN", "copies", "rows"])

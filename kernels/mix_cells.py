@@ -1,0 +1,66 @@
+"""How the matrix of scores is cut into cells that fit a scratch of fixed size: rows times keys of all heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .launch import Problem
+
+# Bytes. Beside it there are only sums by row, by offset and by weight, so that a call keeps below 64 MB.
+SCRATCH = 48 << 20
+
+
+class Cell(NamedTuple):
+    """Batch entries b0 .., rows m0 .. m1 - 1, `keys` keys from n0 on: multiples of 16, maybe beyond the last key."""
+
+    b0: int
+    batch: int
+    m0: int
+    m1: int
+    n0: int
+    keys: int
+    first: bool  # of the cells of its rows
+    last: bool
+
+    def wider(self, margin: int, length: int) -> Cell:
+        """The same rows with so many keys more on either side, as far as there are any."""
+        n0 = max(0, self.n0 - margin)
+        stop = min(round_up(length, 16), self.n0 + self.keys + margin)
+        return self._replace(n0=n0, keys=stop - n0)
+
+
+class Grid:
+    """Room for `batch` entries of `rows` rows and `width` keys, of which the outermost `margin` are neighbours'."""
+
+    def __init__(self, p: Problem, bytes_per_pair: int, margin: int):
+        self.p, self.margin = p, margin
+        pairs = SCRATCH // bytes_per_pair
+        queries, keys = round_up(p.queries, 16), round_up(p.keys, 16)
+        # Square cells: what a row of cells and a column of cells add up costs the same.
+        side = max(128, math.isqrt(pairs // 2) // 128 * 128)
+        self.rows = min(queries, max(side, pairs // (keys + 2 * margin) // 128 * 128))
+        self.step = min(keys, max(128, (pairs // self.rows - 2 * margin) // 128 * 128))
+        self.width = self.step + 2 * margin
+        self.batch = max(1, min(p.batch, pairs // (self.rows * self.width)))
+
+    def shape(self, planes: int) -> tuple[int, int, int, int]:
+        return self.batch, planes, self.rows, self.width
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell that holds a visible pair, row by row; rows that see none have one, so that someone writes them."""
+        p = self.p
+        for b0 in range(0, p.batch, self.batch):
+            batch = min(self.batch, p.batch - b0)
+            for m0 in range(0, p.queries, self.rows):
+                m1 = min(m0 + self.rows, p.queries)
+                start = min(max(0, m0 + p.low), p.keys - 1) // 16 * 16
+                stop = max(start + 1, min(p.keys, m1 + p.high))
+                for n0 in range(start, stop, self.step):
+                    keys = min(self.step, round_up(stop - n0, 16))
+                    yield Cell(b0, batch, m0, m1, n0, keys, n0 == start, n0 + self.step >= stop)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step

@@ -3,8 +3,12 @@
 python -m bench              everything, under ten minutes on two CPU cores
 python -m bench --quick      the same at toy size, under a minute: shows that it works, measures nothing
 python -m bench attention    only the contest of attention
-python -m bench gate ...     the kernels against float64 (see there for its options)
-python -m bench kernels ...  what the kernels compile to, without a GPU (see there for its options)
+
+With options of their own (--help after the job shows them):
+python -m bench extrapolate  eleven ways to tell positions, each far beyond its training length
+python -m bench chomsky      the same ways on formal-language tasks, trained on short strings, tested on long ones
+python -m bench gate         the kernels against float64
+python -m bench kernels      what the kernels compile to, without a GPU
 """
 
 from __future__ import annotations
@@ -23,6 +27,14 @@ def main(argv: list[str]) -> int:
         from .kernels import main as kernels
 
         return kernels(argv[1:]) or 0
+    if argv[:1] == ["extrapolate"]:
+        from .extrapolate import main as extrapolate
+
+        return extrapolate(argv[1:])
+    if argv[:1] == ["chomsky"]:
+        from .chomsky import main as chomsky
+
+        return chomsky(argv[1:])
 
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -58,23 +58,28 @@ RULES: dict[str, dict[str, bool]] = {
     "Gradient": {"table": True, "gradient": True},
     "Gradient+span": {"table": True, "support": True, "gradient": True},
     "Gradient+span+tails": {"table": True, "support": True, "gradient": True, "tails": True},
+    "Scaled": {"scaled": True},
+    "Scaled+gradient": {"scaled": True, "gradient": True},
+    "Scaled+gradient+softcap": {"scaled": True, "gradient": True, "softcap": True},
     "Toeplitz+span+softcap": {"table": True, "support": True, "softcap": True},
     "Gradient+span+tails+softcap": {"table": True, "support": True, "gradient": True, "tails": True, "softcap": True},
 }
 TOEPLITZ = ("Toeplitz", "Toeplitz+span")
 GRADIENT = ("Gradient", "Gradient+span", "Gradient+span+tails")
-LOGITS = ("Plain", "Linear", "Distance", *TOEPLITZ)
+LOGITS = ("Plain", "Linear", "Distance", "Scaled", *TOEPLITZ)
 # direction -> the rules it can meet; of these the ones that spill first (which one does differs by chip, so two); and
 # the last with a softcap
-DIRECTIONS = {"forward": LOGITS, "rows": (*LOGITS, *GRADIENT), "cols": LOGITS, "diagonals": TOEPLITZ}
+DIRECTIONS = {"forward": LOGITS, "rows": (*LOGITS, *GRADIENT), "sums": ("Scaled+gradient",), "cols": LOGITS,
+              "diagonals": ("Scaled", *TOEPLITZ)}
 HEAVIEST = {
-    "forward": ("Distance", "Toeplitz+span"),
+    "forward": ("Distance", "Scaled", "Toeplitz+span"),
     "rows": ("Gradient", "Gradient+span+tails"),
-    "cols": ("Distance", "Toeplitz+span"),
-    "diagonals": ("Toeplitz+span",),
+    "sums": ("Scaled+gradient",),
+    "cols": ("Distance", "Scaled", "Toeplitz+span"),
+    "diagonals": ("Scaled", "Toeplitz+span"),
 }
 SOFTCAP = {direction: f"{rules[-1]}+softcap" for direction, rules in DIRECTIONS.items()}
-BATCH, HEADS, LENGTH = 2, 16, 4096
+BATCH, HEADS, LENGTH, KNOTS = 2, 16, 4096, 32
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
 
@@ -93,7 +98,7 @@ def launch_arguments(
     def only_this_direction(name: str, q: Tensor, width: int, rule: str, length: int, run: Any, *_: Any) -> None:
         if name == direction:
             made.clear()  # what prepared it
-            picked.append(configs.pick(chip, name, bits, width))
+            picked.append(configs.pick(chip, name, bits, width, rule))
             run(picked[0])
 
     want = RULES[rule]
@@ -106,9 +111,12 @@ def launch_arguments(
         table=empty(HEADS, 2 * LENGTH - 1) if "table" in want else None,
         support=empty(2, HEADS, dtype=torch.int32) if "support" in want else None,
         slopes=empty(HEADS) if "slopes" in want else None,
+        scaled=None,
         key_mask=None, scale=width**-0.5, softcap=20.0 if "softcap" in want else 0.0, shift=0, left=-1,
         right=0 if "past_only" in want else -1, symmetric=True,
     )  # fmt: skip
+    if "scaled" in want:
+        problem["scaled"] = empty(2 * LENGTH - 1), empty(LENGTH), empty(KNOTS), empty(HEADS, KNOTS + 1, 2)
     kept = configs.run, triton.runtime.JITFunction.run
     configs.run, triton.runtime.JITFunction.run = only_this_direction, write_down
     try:

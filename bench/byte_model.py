@@ -1,22 +1,20 @@
-"""A small GPT over bytes that learns positions in one of two ways, and nothing else differs between the two.
+"""A small transformer that is told positions in one way or another; nothing else differs between two of them.
 
-"absolute": a learned vector per position is added to the embedding, attention is PyTorch's.
-"tisa": no such vectors; attention is `posattn.attention` with a TISA bias in each layer.
+`POSITIONS` (positions.py) lists the ways. "absolute": a learned vector per position is added to the embedding,
+attention is PyTorch's. "tisa": no such vectors; attention is `posattn.attention` with a TISA bias in each layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import posattn
+from .positions import POSITIONS, Attend, attention_of, make_biases, sinusoids
 
 EMBEDDING_STD = 0.1
-Attend = Callable[[Tensor, Tensor, Tensor, "posattn.Bias | None"], Tensor]
 
 
 class Size(NamedTuple):
@@ -25,23 +23,9 @@ class Size(NamedTuple):
     num_heads: int = 4
     tisa_kernels: int = 5
     max_length: int = 8192  # rows of the table of absolute positions
-
-
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: posattn.Bias | None) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: posattn.Bias | None) -> Tensor:
-    return posattn.attention(query, key, value, bias, is_causal=True)
-
-
-def windowed_attention(keys: int) -> Attend:
-    """As `fused_attention`, each query seeing itself and the `keys` - 1 positions before it."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, bias: posattn.Bias | None) -> Tensor:
-        return posattn.attention(query, key, value, bias, is_causal=True, window=(keys - 1, 0))
-
-    return attend
+    fire_hidden: int = 32
+    fire_length: int = 512  # where FIRE's learned threshold starts
+    dape_hidden: int = 32
 
 
 class Block(nn.Module):
@@ -54,7 +38,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(size.width)
         self.mlp_in = nn.Linear(size.width, 4 * size.width)
         self.mlp_out = nn.Linear(4 * size.width, size.width)
-        self.bias: posattn.Bias | None = None
+        self.bias: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -65,21 +49,19 @@ class Block(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
-class ByteModel(nn.Module):
-    """Logits of the next byte: (B, L) int64 -> (B, L, 256). The seed decides every initial weight.
+class Transformer(nn.Module):
+    """Logits per token: (B, L) int64 below `inputs` -> (B, L, outputs). The seed decides every initial weight.
 
-    What both kinds have is initialised first and from the same seed, so it starts equal in both.
+    What all kinds have is initialised first and from the same seed, so it starts equal in all.
     """
 
-    def __init__(self, kind: str, size: Size = Size(), seed: int = 0, attend: Attend | None = None) -> None:
+    def __init__(self, kind: str, size: Size, seed: int, attend: Attend, inputs: int, outputs: int) -> None:
         super().__init__()
-        if attend is None:
-            attend = {"absolute": plain_attention, "tisa": fused_attention}[kind]
         self.kind = kind
-        self.embedding = nn.Embedding(256, size.width)
+        self.embedding = nn.Embedding(inputs, size.width)
         self.blocks = nn.ModuleList(Block(size, attend) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.width)
-        self.head = nn.Linear(size.width, 256, bias=False)
+        self.head = nn.Linear(size.width, outputs, bias=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for module in self.modules():
@@ -89,17 +71,19 @@ class ByteModel(nn.Module):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-            if kind == "absolute":
+            if POSITIONS[kind].vectors == "learned":
                 rows = torch.randn(size.max_length, size.width)
                 self.positions = nn.Parameter(EMBEDDING_STD * rows)
-            else:
-                for block in self.blocks:
-                    block.bias = posattn.TISA(size.num_heads, size.tisa_kernels)
+            for block, bias in zip(self.blocks, make_biases(kind, size)):
+                block.bias = bias
 
-    def forward(self, text: Tensor) -> Tensor:
-        x = self.embedding(text)
-        if self.kind == "absolute":
-            x = x + self.positions[: text.shape[1]]
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        vectors = POSITIONS[self.kind].vectors
+        if vectors == "learned":
+            x = x + self.positions[: tokens.shape[1]]
+        elif vectors == "sinusoidal":
+            x = x + EMBEDDING_STD * sinusoids(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -108,6 +92,13 @@ class ByteModel(nn.Module):
         """Compute attention in another way from now on; the weights stay."""
         for block in self.blocks:
             block.attend = attend
+
+
+class ByteModel(Transformer):
+    """Logits of the next byte: (B, L) int64 -> (B, L, 256)."""
+
+    def __init__(self, kind: str, size: Size = Size(), seed: int = 0, attend: Attend | None = None) -> None:
+        super().__init__(kind, size, seed, attend or attention_of(kind, causal=True), 256, 256)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats."""

@@ -34,6 +34,11 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
+def slug(machine: dict[str, Any]) -> str:
+    """The machine's part of the name of a file: "cpu", or the GPU's name."""
+    return "cpu" if machine["device"] == "cpu" else re.sub(r"[^a-z0-9]+", "-", machine["device_name"].lower())
+
+
 def cpu_name() -> str:
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)

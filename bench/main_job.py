@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from . import contest, report
-from .byte_model import ByteModel, Size, windowed_attention
+from .byte_model import ByteModel, Size
 from .corpus import read_corpus
-from .machine import describe
+from .machine import describe, slug
 from .measure import Patience
 from .peers import Problem
+from .positions import windowed_attention
 from .progress import progress
 from .train import Recipe, evaluate, train
 
@@ -71,8 +71,7 @@ def run(job: str, quick: bool, device: str | None, output: Path, seed: int) -> i
     print(
         f"{machine['device_name']}, {machine['cores']} cores, Python {machine['python']}, torch {machine['torch']}"
     )
-    slug = "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", machine["device_name"].lower())
-    stem = ("quick-" if quick else "") + slug + ("" if job == "all" else f"-{job}")
+    stem = ("quick-" if quick else "") + slug(machine) + ("" if job == "all" else f"-{job}")
     output.mkdir(parents=True, exist_ok=True)
     written = [output / f"{stem}.json", output / f"{stem}.png"]
 

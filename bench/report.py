@@ -105,7 +105,7 @@ def _bytes(size: float) -> str:
 
 def plot_results(results: Row, path: Path) -> None:
     """Bits per byte, time and memory against the length, side by side."""
-    pyplot = _pyplot()
+    pyplot = drawing()
     panels = ("model" in results) + 2 * ("attention" in results)
     figure, axes = pyplot.subplots(
         1, panels, figsize=(5.6 * panels, 4.9), layout="constrained", squeeze=False
@@ -163,7 +163,7 @@ def _plot_cells(ax: Any, cells: list[Row], what: str) -> None:
 
 def plot_biases(model: Any, path: Path) -> None:
     """What TISA has learned: a panel for each layer, a line for each head."""
-    pyplot = _pyplot()
+    pyplot = drawing()
     biases = [block.bias for block in model.blocks]
     columns = min(len(biases), 2)
     rows = -(-len(biases) // columns)
@@ -182,7 +182,7 @@ def plot_biases(model: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _pyplot() -> Any:
+def drawing() -> Any:
     import matplotlib
 
     matplotlib.use("agg")

@@ -66,11 +66,18 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: ByteModel, text: Tensor, lengths: Sequence[int], device: str) -> list[dict[str, Any]]:
+def evaluate(
+    model: ByteModel,
+    text: Tensor,
+    lengths: Sequence[int],
+    device: str,
+    tell: Callable[[int, float], None] = lambda done, value: None,
+) -> list[dict[str, Any]]:
     """Bits per byte of the same text, cut into windows of each length in turn.
 
     "all": every byte. "last": the 256 bytes before each multiple of the longest length. These end a window at
     every length, so the same bytes are predicted each time, from more and more of what stands before them.
+    `tell` hears how many lengths are done and the bits of "last" at that one.
     """
     model.eval()
     longest = max(lengths)
@@ -96,4 +103,5 @@ def evaluate(model: ByteModel, text: Tensor, lengths: Sequence[int], device: str
                 "seconds": time.perf_counter() - start,
             }
         )
+        tell(len(rows), rows[-1]["last"])
     return rows

@@ -80,7 +80,7 @@ def attend_backward_diagonals(
                 do_base = DO + b * do_b + h.to(tl.int64) * do_h
                 v_base = V + b * v_b + kv * v_h
                 dp = row_products(do_base, v_base, m0, n0, do_l, v_l, Lq, Lk, BLOCK, VALUE_DIM, DV, PRECISION)
-                total += p * (dp - delta[:, None])
+                total += rule.along(p * (dp - delta[:, None]), S, R, j[None, :], first, last, rule)
         g = block_diagonals(total, SUM_PRECISION)
         copy = (c + row_blocks) % 2
         base = BLOCKS + copy * g_copy + h.to(tl.int64) * g_h

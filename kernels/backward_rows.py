@@ -69,7 +69,7 @@ def attend_backward_rows(
                 else:
                     dq = tl.dot(dl, k, dq, input_precision=PRECISION)
             # After dQ's product, not before: the other order costs 40 instructions a tile (sm_90).
-            T = rule.table(ds, dl, T, S, m0, n0, first, last, h, rule, PRECISION)
-        rule.finish(T, rule, bh, m0)
+            T = rule.table(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION)
+        rule.finish(T, S, R, rule, bh, m0)
         if DQ is not None:
             store_rows(DQ + b * dq_b + h.to(tl.int64) * dq_h, m0, dq_l, Lq, dq * scale, BLOCK_M, HEAD_DIM, D)

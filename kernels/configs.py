@@ -35,6 +35,11 @@ CONFIGS: dict[tuple[str, str, int, int], Config] = {
     ("sm_80", "rows", 16, 64): Config(64, 64, 8, 1),
     ("sm_80", "rows", 16, 128): Config(64, 32, 8, 1),
     ("sm_80", "rows", 16, 256): Config(64, 16, 8, 1),
+    ("sm_80", "sums", 16, 64): Config(64, 32, 4, 1),
+    ("sm_80", "sums", 16, 128): Config(64, 16, 4, 1),
+    ("sm_80", "sums", 16, 256): Config(64, 16, 8, 1),
+    ("sm_80", "sums", 32, 64): Config(32, 32, 8, 1, "ieee"),
+    ("sm_80", "sums", 32, 128): Config(32, 32, 16, 1, "ieee"),
     ("sm_80", "cols", 16, 64): Config(32, 64, 4, 1),
     ("sm_80", "cols", 16, 128): Config(32, 64, 8, 1),
     ("sm_80", "cols", 16, 256): Config(32, 64, 8, 2),
@@ -56,6 +61,11 @@ CONFIGS: dict[tuple[str, str, int, int], Config] = {
     ("sm_86", "rows", 16, 64): Config(64, 64, 8, 1),
     ("sm_86", "rows", 16, 128): Config(64, 32, 8, 1),
     ("sm_86", "rows", 16, 256): Config(64, 16, 8, 1),
+    ("sm_86", "sums", 16, 64): Config(64, 32, 4, 1),
+    ("sm_86", "sums", 16, 128): Config(64, 16, 4, 1),
+    ("sm_86", "sums", 16, 256): Config(64, 16, 8, 1),
+    ("sm_86", "sums", 32, 64): Config(32, 32, 8, 1, "ieee"),
+    ("sm_86", "sums", 32, 128): Config(32, 32, 16, 1, "ieee"),
     ("sm_86", "cols", 16, 64): Config(32, 64, 4, 1),
     ("sm_86", "cols", 16, 128): Config(32, 64, 8, 1),
     ("sm_86", "cols", 16, 256): Config(16, 64, 8, 1),
@@ -77,6 +87,11 @@ CONFIGS: dict[tuple[str, str, int, int], Config] = {
     ("sm_90", "rows", 16, 64): Config(128, 64, 8, 2),
     ("sm_90", "rows", 16, 128): Config(128, 64, 8, 2),
     ("sm_90", "rows", 16, 256): Config(128, 32, 8, 2),
+    ("sm_90", "sums", 16, 64): Config(128, 32, 8, 2),
+    ("sm_90", "sums", 16, 128): Config(128, 32, 8, 2),
+    ("sm_90", "sums", 16, 256): Config(128, 32, 8, 2),
+    ("sm_90", "sums", 32, 64): Config(32, 32, 8, 1, "ieee"),
+    ("sm_90", "sums", 32, 128): Config(32, 32, 16, 1, "ieee"),
     ("sm_90", "cols", 16, 64): Config(64, 128, 8, 2),
     ("sm_90", "cols", 16, 128): Config(32, 128, 8, 2),
     ("sm_90", "cols", 16, 256): Config(32, 64, 8, 1),
@@ -98,6 +113,11 @@ CONFIGS: dict[tuple[str, str, int, int], Config] = {
     ("sm_100", "rows", 16, 64): Config(128, 64, 8, 2),
     ("sm_100", "rows", 16, 128): Config(128, 64, 8, 2),
     ("sm_100", "rows", 16, 256): Config(64, 32, 8, 2),
+    ("sm_100", "sums", 16, 64): Config(128, 32, 8, 2),
+    ("sm_100", "sums", 16, 128): Config(128, 32, 8, 2),
+    ("sm_100", "sums", 16, 256): Config(128, 32, 8, 2),
+    ("sm_100", "sums", 32, 64): Config(32, 32, 8, 1, "ieee"),
+    ("sm_100", "sums", 32, 128): Config(32, 32, 16, 1, "ieee"),
     ("sm_100", "cols", 16, 64): Config(64, 128, 8, 2),
     ("sm_100", "cols", 16, 128): Config(64, 128, 8, 2),
     ("sm_100", "cols", 16, 256): Config(32, 64, 8, 2),
@@ -119,6 +139,11 @@ CONFIGS: dict[tuple[str, str, int, int], Config] = {
     ("gfx942", "rows", 16, 64): Config(64, 64, 8, 1),
     ("gfx942", "rows", 16, 128): Config(64, 32, 8, 1),
     ("gfx942", "rows", 16, 256): Config(64, 16, 4, 1),
+    ("gfx942", "sums", 16, 64): Config(64, 32, 8, 1),
+    ("gfx942", "sums", 16, 128): Config(64, 16, 8, 1),
+    ("gfx942", "sums", 16, 256): Config(64, 16, 8, 1),
+    ("gfx942", "sums", 32, 64): Config(32, 32, 8, 1, "ieee"),
+    ("gfx942", "sums", 32, 128): Config(32, 16, 8, 1, "ieee"),
     ("gfx942", "cols", 16, 64): Config(32, 64, 4, 1),
     ("gfx942", "cols", 16, 128): Config(32, 64, 4, 2),
     ("gfx942", "cols", 16, 256): Config(16, 32, 8, 1),
@@ -135,6 +160,11 @@ CONFIGS: dict[tuple[str, str, int, int], Config] = {
     ("gfx942", "diagonals", 32, 128): Config(32, 32, 8, 1, "ieee"),
 }
 # fmt: on
+# Rows of one rule, where it spills in those of all.
+OWN: dict[tuple[str, str, int, int, str], Config] = {
+    ("sm_90", "diagonals", 16, 256, "Scaled"): Config(32, 32, 8, 2),
+    ("sm_90", "forward", 32, 128, "Scaled"): Config(128, 32, 8, 1),
+}
 
 
 def arch(device: torch.device) -> str:
@@ -167,10 +197,11 @@ def sum_precision(device: torch.device) -> str:
     return "ieee" if device.type == "cpu" or torch.version.hip is not None else "tf32x3"
 
 
-def pick(chip: str, direction: str, bits: int, width: int) -> Config:
+def pick(chip: str, direction: str, bits: int, width: int, rule: str = "") -> Config:
     if chip == "interpreter":
         return Config(32, 16, 4, 1) if direction != "diagonals" else Config(32, 32, 4, 1)
-    return CONFIGS[chip, direction, bits, max(64, width)]
+    width = max(64, width)
+    return OWN.get((chip, direction, bits, width, rule)) or CONFIGS[chip, direction, bits, width]
 
 
 def widest(bits: int) -> int:
@@ -187,7 +218,7 @@ def run(direction, q, width: int, rule: str, length: int, launch: Callable[[Conf
     The search keys on the power of two above the length, never on the length. `reset` undoes what a launch added up.
     """
     chip, bits = arch(q.device), q.element_size() * 8
-    best = pick(chip, direction, bits, width)
+    best = pick(chip, direction, bits, width, rule)
     if os.environ.get("POSATTN_AUTOTUNE") == "1" and chip != "interpreter":
         key = (q.device, direction, q.dtype, width, rule, triton.next_power_of_2(length))
         if key not in _tuned:
@@ -205,19 +236,3 @@ def _search(chip: str, direction: str, bits: int, launch: Callable[[Config], Non
         with contextlib.suppress(triton.runtime.errors.OutOfResources):
             times[config] = triton.testing.do_bench(functools.partial(launch, config))
     return min(times, key=times.get)
-
-
-class MixConfig(NamedTuple):
-    """How DAPE's mixing runs: BLOCK_N pairs of a row at a time; `run`, rows a program takes."""
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-    run: int
-    fp32: str = "ieee"
-
-
-def pick_mixing(q: torch.Tensor, direction: str, heads: int, units: int, fire: int) -> MixConfig:
-    if arch(q.device) == "interpreter":
-        return MixConfig(64, 4, 1, 4)
-    return MixConfig(128, 4, 2, 32) if direction == "mix" else MixConfig(64, 4, 2, 32)

@@ -2,7 +2,8 @@
 
 Shapes: q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]; query head h reads key head h // (Hq // Hk). Offsets are
 o = j - i + shift; a pair is visible where -left <= o <= right (-1: open) and key_mask[b, j]. The bias is a table
-[Hq, Lq + Lk - 1] of o from the smallest up (with `support` [2, Hq], outside of which it is constant), or slopes [Hq].
+[Hq, Lq + Lk - 1] of o from the smallest up (with `support` [2, Hq], outside of which it is constant), or slopes [Hq],
+or `scaled`: line [Lq + Lk - 1], rows [Lq], knots [F] and pieces [Hq, F + 1, 2] of a function of distance (scaled.py).
 Inputs are taken as checked (posattn/checks.py).
 """
 
@@ -24,6 +25,8 @@ from .diagonals import fold, room
 from .forward import attend_forward
 from .linear import Distance, Linear
 from .rule import Plain
+from .scaled import ScaledGradient, add_up, room_for_sums
+from .scaled import prepare as prepare_scaled
 from .toeplitz import ToeplitzGradient, prepare
 
 OPEN = 2**30
@@ -32,7 +35,9 @@ OPEN = 2**30
 class Problem:
     """What forward and backward of one call share: the rule, the visible range in terms of j - i, launch arguments."""
 
-    def __init__(self, q, k, v, table, support, slopes, key_mask, scale, softcap, shift, left, right, symmetric):
+    def __init__(
+        self, q, k, v, table, support, slopes, scaled, key_mask, scale, softcap, shift, left, right, symmetric
+    ):  # fmt: skip
         self.q, self.k, self.v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
         self.batch, self.heads, self.queries, self.head_dim = q.shape
         self.keys, self.value_dim = v.shape[2], v.shape[3]
@@ -40,12 +45,18 @@ class Problem:
         self.low = max(-left - shift, -OPEN) if left >= 0 else -OPEN
         self.high = min(right - shift, OPEN) if right >= 0 else OPEN
         self.scale, self.softcap = scale, softcap
+        self.width = max(64, padded(self.head_dim), padded(self.value_dim))
+        if softcap:
+            # A softcap keeps one more tile in registers: it runs with the row of the next head dim.
+            self.width = min(2 * self.width, configs.widest(q.element_size() * 8))
         # In base 2; behind a softcap c the raw score becomes c * tanh(score * scale / c).
         self.scale2 = (scale / softcap if softcap else scale) * math.log2(math.e)
         self.cap2 = softcap * math.log2(math.e)
         self.mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
         self.mask_stride = 0 if key_mask is None else self.mask.stride(0)
-        if table is not None:
+        if scaled is not None:
+            self.rule = prepare_scaled(*scaled, shift)
+        elif table is not None:
             self.rule = prepare(table, support, self.queries, shift)
         elif slopes is not None:
             past_only = right == 0 or not symmetric
@@ -84,11 +95,7 @@ class Problem:
                     num_stages=config.num_stages,
                 )
 
-        width = max(padded(self.head_dim), padded(self.value_dim))
-        if self.softcap:
-            # A softcap keeps one more tile in registers: it runs with the row of the next head dim.
-            width = min(2 * max(64, width), configs.widest(self.q.element_size() * 8))
-        configs.run(direction, self.q, width, type(arguments["rule"]).__name__, self.keys, run, reset)
+        configs.run(direction, self.q, self.width, type(arguments["rule"]).__name__, self.keys, run, reset)
 
     def row_programs(self, config: configs.Config) -> int:
         return triton.cdiv(self.queries, config.block_m) * self.batch * self.heads
@@ -111,9 +118,10 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, table: Tensor | None, support: Tensor | None, slopes: Tensor | None,
     key_mask: Tensor | None, scale: float, softcap: float, shift: int, left: int, right: int, symmetric: bool,
+    scaled: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out [B, Hq, Lq, Dv] in q's dtype and, where the shapes agree, q's strides; lse [B, Hq, Lq] fp32, natural."""
-    p = Problem(q, k, v, table, support, slopes, key_mask, scale, softcap, shift, left, right, symmetric)
+    p = Problem(q, k, v, table, support, slopes, scaled, key_mask, scale, softcap, shift, left, right, symmetric)
     out = torch.empty_like(q) if p.value_dim == p.head_dim else q.new_empty(*q.shape[:3], p.value_dim)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if lse.numel():
@@ -129,13 +137,18 @@ def backward(
     table: Tensor | None, support: Tensor | None, slopes: Tensor | None, key_mask: Tensor | None, scale: float,
     softcap: float, shift: int, left: int, right: int, symmetric: bool, tails_need_grad: bool,
     need_q: bool, need_kv: bool, need_table: bool, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dq, dk, dv, dtable; what is not needed is empty. A constant tail's gradient stands on its outermost entry."""
-    p = Problem(q, k, v, table, support, slopes, key_mask, scale, softcap, shift, left, right, symmetric)
+    scaled: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> dq, dk, dv, dtable and, with scaled, dline, drows, dpieces; what is not needed is empty.
+
+    A constant tail's gradient stands on its outermost entry.
+    """
+    p = Problem(q, k, v, table, support, slopes, scaled, key_mask, scale, softcap, shift, left, right, symmetric)
     # Outputs of an operator may not share memory: each that is not needed is an empty tensor of its own.
     dq = torch.empty_like(q) if need_q else q.new_empty(0)
     dk, dv = (torch.empty_like(x) if need_kv else x.new_empty(0) for x in (k, v))
-    dtable = torch.zeros_like(table, memory_format=torch.contiguous_format) if need_table else q.new_empty(0)
+    # Of a table, or of the line that all heads share: by head first.
+    dtable = lse.new_zeros(p.heads, p.queries + p.keys - 1) if need_table else q.new_empty(0)
     if lse.numel() == 0 or p.keys == 0:
         return tuple(x.zero_() for x in (dq, dk, dv, dtable))
 
@@ -143,24 +156,39 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     blocks, zero = room(p.queries, p.keys)
-    sums = tails = None
+    sums = tails = dfactor = dpieces = None
     tails_stride = triton.cdiv(p.queries, 16)
     if need_table:
         sums = torch.zeros(2 if deterministic else 1, p.heads, blocks, 64, dtype=torch.float32, device=q.device)
-        if support is not None and tails_need_grad:
-            # Every program writes its own pair, so the sum over programs has one order.
+        # Every program writes its own numbers, so the sum over programs has one order.
+        if scaled is not None:
+            dfactor, dpieces = room_for_sums(p.rule, p.batch, p.heads, p.queries)
+        elif support is not None and tails_need_grad:
             tails = torch.zeros(p.batch * p.heads, tails_stride, 2, dtype=torch.float32, device=q.device)
-    rule = p.rule
-    if sums is not None and (tails is not None or not deterministic):
-        target = None if deterministic else sums
+    rule, direction = p.rule, "rows"
+    target = None if deterministic else sums
+    if dfactor is not None:
+        own = dfactor, dfactor.stride(1), dpieces, dpieces.shape[2]
+        rule, direction = ScaledGradient(*rule[:6], target, blocks * 64, zero, *own), "sums"
+    elif tails is not None or target is not None:
         rule = ToeplitzGradient(*rule[:5], target, blocks * 64, zero, tails, tails_stride)
     loop = need_q or rule is not p.rule
-    p.launch(
-        "rows", attend_backward_rows, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, DO=do, LSE=lse, DLSE=grad_lse,
-        LSE2=lse2, DELTA=delta, DQ=dq if need_q else None, rule=rule, scale=scale, scale2=p.scale2, LOOP=loop,
-        **strides(q=p.q, k=p.k, v=p.v, o=out, do=do, dq=dq if need_q else p.q),
-        reset=None if sums is None else sums.zero_,
-    )  # fmt: skip
+
+    def reset() -> None:
+        for made in (sums, tails, dfactor, dpieces):
+            if made is not None:
+                made.zero_()
+
+    passes = [(direction, rule, need_q, loop)]
+    if direction == "sums" and need_q and p.width * q.element_size() > 256:
+        # The function's sums and dQ do not fit in registers together.
+        passes = [("rows", p.rule, True, True), (direction, rule, False, True)]
+    for direction, rule, with_q, loop in passes:
+        p.launch(
+            direction, attend_backward_rows, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, DO=do, LSE=lse,
+            DLSE=grad_lse, LSE2=lse2, DELTA=delta, DQ=dq if with_q else None, rule=rule, scale=scale, scale2=p.scale2,
+            LOOP=loop, **strides(q=p.q, k=p.k, v=p.v, o=out, do=do, dq=dq if with_q else p.q), reset=reset,
+        )  # fmt: skip
     if need_kv:
         def key_programs(config: configs.Config) -> int:
             return triton.cdiv(p.keys, config.block_n) * p.batch * k.shape[1]
@@ -185,4 +213,9 @@ def backward(
             ends = tails.view(p.batch, p.heads, -1, 2).sum((0, 2))
             dtable[:, 0] += ends[:, 0]
             dtable[:, -1] += ends[:, 1]
-    return dq, dk, dv, dtable
+    if scaled is None:
+        return dq, dk, dv, dtable
+    if not need_table:
+        return dq, dk, dv, dtable, *(q.new_empty(0) for _ in range(3))
+    drows, dpieces = add_up(dfactor, dpieces, p.queries, len(scaled[2]))
+    return dq, dk, dv, q.new_empty(0), dtable.sum(0), drows, dpieces

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rule import no_finish, no_row_term, no_setup, no_start, no_table, nothing
+from .rule import all_along, no_finish, no_row_term, no_setup, no_start, no_table, nothing
 
 
 @triton.jit
@@ -48,6 +48,7 @@ class Linear(NamedTuple):
     start: Any = no_start
     table: Any = no_table
     finish: Any = no_finish
+    along: Any = all_along
 
 
 class Distance(NamedTuple):
@@ -62,3 +63,4 @@ class Distance(NamedTuple):
     start: Any = no_start
     table: Any = no_table
     finish: Any = no_finish
+    along: Any = all_along

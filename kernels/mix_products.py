@@ -22,13 +22,16 @@ def stored_tile(S, bh, row, column, C, W, KEYS, ROWS: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
-def key_range(m, m1, n0, n1, low, high, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Keys of the cell, in whole tiles, that the ROWS rows from m on may see."""
-    start = n0 + tl.maximum(m + low - n0, 0) // COLS * COLS
-    return start, tl.minimum(n1, tl.minimum(m + ROWS, m1) + high)
+def columns_seen(m, m1, n0, low, high, column, stop, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Columns from `column` to `stop` of the cell, in whole tiles, that the ROWS rows from m on may see.
+
+    Columns, not keys: as multiples of COLS they are known to be aligned.
+    """
+    start = column + tl.maximum(m + low - n0 - column, 0) // COLS * COLS
+    return start, tl.minimum(stop, tl.minimum(m + ROWS, m1) + high - n0)
 
 
-@triton.jit(do_not_specialize=["Lk", "low", "high", "m0", "m1", "n0", "b0", "H", "GROUP", "RUN"])
+@triton.jit(do_not_specialize=["Lk", "low", "high", "m0", "m1", "n0", "b0", "H", "GROUP"])
 def store_scores(
     Q, K, DO, V, DELTA, S, X, scale, Lq, Lk, low, high, m0, m1, n0, KEYS, C, W, b0, H, GROUP, RUN,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l,
@@ -38,7 +41,7 @@ def store_scores(
     """S = scale Q K^T and, where there is X, X = dO V^T - delta; a program owns BLOCK_M rows and RUN keys."""
     tiles = tl.cdiv(m1 - m0, BLOCK_M)
     m = m0 + tl.program_id(0) % tiles * BLOCK_M
-    from_key = n0 + tl.program_id(0) // tiles * RUN
+    column = tl.program_id(0) // tiles * RUN
     bh = tl.program_id(1)
     h = (bh % H).to(tl.int64)
     b = (b0 + bh // H).to(tl.int64)
@@ -49,18 +52,16 @@ def store_scores(
         do = load_rows(DO + b * do_b + h * do_h, m, do_l, m1, BLOCK_M, VALUE_DIM, DV)
         i = m + tl.arange(0, BLOCK_M)
         delta = tl.load(DELTA + (b * H + h) * Lq + i, mask=i < m1, other=0.0)
-    start, stop = key_range(m, m1, from_key, tl.minimum(from_key + RUN, n0 + KEYS), low, high, BLOCK_M, BLOCK_N)
-    for n in tl.range(start, stop, BLOCK_N):
-        k = load_columns(k_base, n, k_l, Lk, BLOCK_N, HEAD_DIM, D)
+    start, stop = columns_seen(m, m1, n0, low, high, column, tl.minimum(column + RUN, KEYS), BLOCK_M, BLOCK_N)
+    for c in tl.range(start, stop, BLOCK_N):
+        k = load_columns(k_base, n0 + c, k_l, Lk, BLOCK_N, HEAD_DIM, D)
         s = tl.dot(q, k, input_precision=PRECISION) * scale
-        if S.dtype.element_ty == tl.float16:
-            s = tl.minimum(tl.maximum(s, -65504.0), 65504.0)
-        pointers, inside = stored_tile(S, bh, m - m0, n - n0, C, W, KEYS, BLOCK_M, BLOCK_N)
+        pointers, inside = stored_tile(S, bh, m - m0, c, C, W, KEYS, BLOCK_M, BLOCK_N)
         tl.store(pointers, s.to(S.dtype.element_ty), mask=inside)
         if X is not None:
-            v = load_columns(v_base, n, v_l, Lk, BLOCK_N, VALUE_DIM, DV)
+            v = load_columns(v_base, n0 + c, v_l, Lk, BLOCK_N, VALUE_DIM, DV)
             x = tl.dot(do, v, input_precision=PRECISION) - delta[:, None]
-            pointers, inside = stored_tile(X, bh, m - m0, n - n0, C, W, KEYS, BLOCK_M, BLOCK_N)
+            pointers, inside = stored_tile(X, bh, m - m0, c, C, W, KEYS, BLOCK_M, BLOCK_N)
             tl.store(pointers, x.to(X.dtype.element_ty), mask=inside)
 
 
@@ -90,19 +91,20 @@ def attend_stored(
     running_sum = tl.load(state + sums, mask=kept, other=0.0)
     acc = tl.load(acc_pointers, mask=kept[:, None] & (d < DV), other=0.0)
     end = tl.minimum(n0 + KEYS, Lk)
-    start, stop = key_range(m, m1, n0, end, low, high, BLOCK_M, BLOCK_N)
-    for n in tl.range(start, stop, BLOCK_N):
+    start, stop = columns_seen(m, m1, n0, low, high, 0, end - n0, BLOCK_M, BLOCK_N)
+    for c in tl.range(start, stop, BLOCK_N):
+        n = n0 + c
         j = n + tl.arange(0, BLOCK_N)
-        pointers, inside = stored_tile(S, bh, m - m0, n - n0, C, W, KEYS, BLOCK_M, BLOCK_N)
-        s = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        pointers, inside = stored_tile(S, bh, m - m0, c, C, W, KEYS, BLOCK_M, BLOCK_N)
+        s = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         if PAD is not None:
             keep = tl.load(PAD + b * p_b + j, mask=j < Lk, other=0)
             s = tl.where(keep[None, :] != 0, s, HIDDEN)
         if (n - m - (BLOCK_M - 1) < low) | (n - m + (BLOCK_N - 1) > high) | (n + BLOCK_N > end):
             x = j[None, :] - i[:, None]
             s = tl.where((x >= low) & (x <= high) & (j[None, :] < end), s, HIDDEN)
-        new_max = tl.maximum(running_max, tl.max(s, 1))
-        p = tl.math.exp2(s - new_max[:, None])
+        new_max = tl.maximum(running_max, tl.max(s, 1) * LOG2E)
+        p = tl.math.exp2(s * LOG2E - new_max[:, None])
         alpha = tl.math.exp2(running_max - new_max)
         running_sum = running_sum * alpha + tl.sum(p, 1)
         v = load_rows(v_base, n, v_l, Lk, BLOCK_N, VALUE_DIM, DV)
@@ -110,7 +112,8 @@ def attend_stored(
         running_max = new_max
     if last != 0:
         alive = running_max > DEAD
-        acc = tl.where(alive[:, None], acc / tl.where(alive, running_sum, 1.0)[:, None], 0.0)
+        running_sum = tl.where(alive, running_sum, 1.0)
+        acc = tl.where(alive[:, None], acc / running_sum[:, None], 0.0)
         store_rows(OUT + b * o_b + h * o_h, m, o_l, m1, acc, BLOCK_M, VALUE_DIM, DV)
         lse = tl.where(alive, (running_max + tl.math.log2(running_sum)) * LN2, -float("inf"))
         tl.store(LSE + (b * H + h) * Lq + i, lse, mask=i < m1)
@@ -133,11 +136,11 @@ def stored_rows(
     b = (b0 + bh // H).to(tl.int64)
     k_base = K + b * k_b + h // GROUP * k_h
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    start, stop = key_range(m, m1, n0, n0 + KEYS, low, high, BLOCK_M, BLOCK_N)
-    for n in tl.range(start, stop, BLOCK_N):
-        pointers, inside = stored_tile(DS, bh, m - m0, n - n0, C, W, KEYS, BLOCK_M, BLOCK_N)
+    start, stop = columns_seen(m, m1, n0, low, high, 0, KEYS, BLOCK_M, BLOCK_N)
+    for c in tl.range(start, stop, BLOCK_N):
+        pointers, inside = stored_tile(DS, bh, m - m0, c, C, W, KEYS, BLOCK_M, BLOCK_N)
         ds = tl.load(pointers, mask=inside, other=0.0)
-        k = load_rows(k_base, n, k_l, Lk, BLOCK_N, HEAD_DIM, D)
+        k = load_rows(k_base, n0 + c, k_l, Lk, BLOCK_N, HEAD_DIM, D)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     out = DQ + (bh // H).to(tl.int64) * dq_b + h * dq_h
     dq *= scale
@@ -154,7 +157,8 @@ def stored_columns(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO over the queries of all heads that share the keys; added to what is there."""
-    n = n0 + tl.program_id(0) * BLOCK_N
+    c = tl.program_id(0) * BLOCK_N
+    n = n0 + c
     bk = tl.program_id(1)
     key_heads = H // GROUP
     kv = bk % key_heads
@@ -162,21 +166,21 @@ def stored_columns(
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE_DIM], tl.float32)
     # Rows that see a key of n .. n + BLOCK_N - 1: low <= j - i <= high.
-    start = m0 + tl.maximum(n - high - m0, 0) // BLOCK_M * BLOCK_M
+    start = tl.maximum(n - high - m0, 0) // BLOCK_M * BLOCK_M
     end = tl.minimum(n0 + KEYS, Lk)
-    stop = tl.minimum(m1, tl.minimum(n + BLOCK_N, end) - low)
+    stop = tl.minimum(m1, tl.minimum(n + BLOCK_N, end) - low) - m0
     turns = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
     for t in tl.range(0, turns * GROUP):
-        m = start + t % turns * BLOCK_M
+        m = m0 + start + t % turns * BLOCK_M
         h = kv * GROUP + t // turns
         bh = bk // key_heads * H + h
         h = tl.cast(h, tl.int64)
-        pointers, inside = stored_tile(DS, bh, m - m0, n - n0, C, W, KEYS, BLOCK_M, BLOCK_N)
+        pointers, inside = stored_tile(DS, bh, m - m0, c, C, W, KEYS, BLOCK_M, BLOCK_N)
         inside = inside & (tl.arange(0, BLOCK_M)[:, None] < m1 - m)
         ds = tl.load(pointers, mask=inside, other=0.0)
         q = load_rows(Q + b * q_b + h * q_h, m, q_l, m1, BLOCK_M, HEAD_DIM, D)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-        pointers, inside = stored_tile(P, bh, m - m0, n - n0, C, W, KEYS, BLOCK_M, BLOCK_N)
+        pointers, inside = stored_tile(P, bh, m - m0, c, C, W, KEYS, BLOCK_M, BLOCK_N)
         p = tl.load(pointers, mask=inside, other=0.0)
         do = load_rows(DO + b * do_b + h * do_h, m, do_l, m1, BLOCK_M, VALUE_DIM, DV)
         dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)

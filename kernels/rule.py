@@ -10,18 +10,20 @@ numbers. The kernels are written once and never ask which rule they got; a rule 
     score(s, scale, S, R, C, j, first, last, rule)
                                         raw scores -> s * scale + bias, base 2, elementwise
     start(rule, BLOCK_M)                the state with which a program starts its reduction of gradients
-    table(ds, dl, T, S, m0, n0, first, last, h, rule, PRECISION)
+    table(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION)
                                         reduce a [BLOCK_M, BLOCK_N] tile of logit gradients, ds in fp32 and dl rounded
                                         to the tensors' dtype, into the state T and into memory; the new state
-    finish(T, rule, bh, m0)             write the state
+    finish(T, S, R, rule, bh, m0)       write the state
+    along(ds, S, R, j, first, last, rule)
+                                        what of a tile of logit gradients goes to its diagonals
 
 (m0, n0) is the corner of the tile; i and j arrive broadcast-shaped: [BLOCK_M, 1] and [1, BLOCK_N] where a program owns
 queries, [1, BLOCK_M] and [BLOCK_N, 1] where it owns keys (its tile of scores is transposed), so that one function
 serves every kernel.
 `first` and `last` are the smallest and largest j - i of the tile, scalars, for rules that do less on some tiles.
 `origin` is where the program's own tile starts: differences are taken from it, so that fp32 holds them exactly.
-`start`, `table` and `finish` are called by one kernel only (backward_rows.py). Hooks read tiles of memory through
-`load_scattered` only. A rule that leaves its scores alone sets `unscaled`: the scale then joins the exponent for free.
+`start`, `table` and `finish` are called by one kernel only (backward_rows.py), `along` by backward_diagonals.py. Hooks
+read tiles of memory through `load_scattered` only. A rule that leaves its scores alone sets `unscaled`: the scale then joins the exponent for free.
 
 Triton 3.6 shapes this file: the tuple must be flat, and a jit function returns () where it has nothing to return.
 """
@@ -60,13 +62,18 @@ def no_start(rule, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def no_table(ds, dl, T, S, m0, n0, first, last, h, rule, PRECISION: tl.constexpr):
+def no_table(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.constexpr):
     return T
 
 
 @triton.jit
-def no_finish(T, rule, bh, m0):
+def no_finish(T, S, R, rule, bh, m0):
     pass
+
+
+@triton.jit
+def all_along(ds, S, R, j, first, last, rule):
+    return ds
 
 
 class Plain(NamedTuple):
@@ -81,3 +88,4 @@ class Plain(NamedTuple):
     start: Any = no_start
     table: Any = no_table
     finish: Any = no_finish
+    along: Any = all_along

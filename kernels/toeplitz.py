@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .diagonals import add_diagonals
-from .rule import no_finish, no_row_term, no_start, no_table, nothing
+from .rule import all_along, no_finish, no_row_term, no_start, no_table, nothing
 from .tile import HIDDEN, LOG2E, load_scattered
 
 # Tiles reach over the edges of the matrix by less than 128 on either side.
@@ -64,7 +64,7 @@ def tails_start(rule, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def table_gradient(ds, dl, T, S, m0, n0, first, last, h, rule, PRECISION: tl.constexpr):
+def table_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.constexpr):
     if rule.span is None:
         add_diagonals(dl, rule, m0, n0, h, PRECISION)
         return T
@@ -91,7 +91,7 @@ def table_gradient(ds, dl, T, S, m0, n0, first, last, h, rule, PRECISION: tl.con
 
 
 @triton.jit
-def tails_finish(T, rule, bh, m0):
+def tails_finish(T, S, R, rule, bh, m0):
     if rule.tails is not None:
         pair = rule.tails + (bh.to(tl.int64) * rule.tails_stride + m0 // 16) * 2
         tl.store(pair, tl.sum(T[0], 0))
@@ -115,6 +115,7 @@ class Toeplitz(NamedTuple):
     start: Any = no_start
     table: Any = no_table
     finish: Any = no_finish
+    along: Any = all_along
 
 
 class ToeplitzGradient(NamedTuple):
@@ -139,6 +140,7 @@ class ToeplitzGradient(NamedTuple):
     start: Any = tails_start
     table: Any = table_gradient
     finish: Any = tails_finish
+    along: Any = all_along
 
 
 @triton.jit(do_not_specialize=["length", "zero", "lowest"])

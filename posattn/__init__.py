@@ -1,7 +1,7 @@
 """Fused attention with positional biases: scaled_dot_product_attention plus a bias that costs O(N)."""
 
 from .attention import attention
-from .biases import KERPLE, TISA, ALiBi, Bias, RelativeTable, Sandwich, T5Bias
+from .biases import DAPE, FIRE, KERPLE, TISA, ALiBi, Bias, RelativeTable, Sandwich, T5Bias
 from .ops import CHECKPOINT_OPS
 from .reference import attention_reference
 
@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CHECKPOINT_OPS",
+    "DAPE",
+    "FIRE",
     "KERPLE",
     "TISA",
     "ALiBi",

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import checks
 from .biases.bias import Bias
+from .biases.dape import DAPE
+from .mix_ops import Mix
 from .ops import Attend
 
 
@@ -14,7 +16,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Bias | Tensor | None = None,
+    bias: Bias | DAPE | Tensor | None = None,
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -35,16 +37,17 @@ def attention(
         out[i]      = sum_j softmax_j(score[i, j]) * value[j]         over the keys j that query i sees
         lse[i]      = log(sum_j exp(score[i, j]))
 
-    Softcapping comes before the bias. Query i sees key j when ``o <= 0`` (with is_causal),
-    ``-left <= o <= right`` (with a window), ``key_padding_mask[batch, j]`` holds and the bias is above -1e29.
-    A query that sees no key gets out = 0, lse = -inf and no gradient.
+    Softcapping comes before the bias; `posattn.FIRE` depends on the query's position, too. Query i sees key j
+    when ``o <= 0`` (with is_causal), ``-left <= o <= right`` (with a window), ``key_padding_mask[batch, j]``
+    holds and the bias is above -1e29. A query that sees no key gets out = 0, lse = -inf and no gradient.
 
     Args:
         query: (B, Hq, Lq, D), float16, bfloat16, float32 or float64; D at most 256.
         key: (B, Hk, Lk, D), of query's dtype and device.
         value: (B, Hk, Lk, Dv), of query's dtype and device; Dv at most 256.
         bias: a `posattn.Bias` with Hq heads, or a table (Hq, Lq + Lk - 1), any floating dtype, that holds at
-            ``[h, j - i + Lq - 1]`` what head h adds for query i and key j. Both are differentiated.
+            ``[h, j - i + Lq - 1]`` what head h adds for query i and key j; or a `posattn.DAPE`, which makes the
+            score in its own way. All are differentiated.
         is_causal: hide keys that stand after the query.
         scale: any finite number; ``1 / sqrt(D)`` by default.
         enable_gqa: allow Hq to be a multiple of Hk; query head h then uses key head ``h // (Hq // Hk)``.
@@ -53,7 +56,8 @@ def attention(
             `torch.nn.MultiheadAttention`'s).
         softcap: a positive number, as in Gemma 2 (Gemma Team, 2024, arXiv 2408.00118, sec. 2); None for none.
         query_start: position of the first query; ``key_start + Lk - Lq`` by default.
-        key_start: position of the first key; 0 by default. Only ``key_start - query_start`` matters.
+        key_start: position of the first key; 0 by default. Only ``key_start - query_start`` matters, except to
+            `posattn.FIRE`.
         return_lse: also return lse.
         backend: "triton" (float16, bfloat16, and float32 with head dims to 128; on a GPU with compute capability
             8.0 or newer), "blockwise" (plain PyTorch, every dtype and device), or None: "triton" where it serves, else
@@ -111,24 +115,34 @@ def attention(
 
     # Kernels read rows of unit stride; every other stride is free.
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    table = support = slopes = None
+    if isinstance(bias, DAPE):
+        checks.check_dape(bias, query, rule, is_causal)
+        mixed = _mix(query, key, value, bias, key_padding_mask, rule, backend)
+        return mixed if return_lse else mixed[0]
+
+    table = support = slopes = scaled = None
     symmetric = tails_need_grad = True
     query_length, key_length = query.shape[2], key.shape[2]
     if isinstance(bias, Tensor):
         table = bias
     elif bias is not None and query_length > 0 and key_length > 0:
         symmetric, tails_need_grad = bias.symmetric, bias.tails_need_grad
-        slopes = bias.slopes()
-        if slopes is None:
+        scaled = bias.scaled(query_length, key_length, rule.query_start, rule.key_start)
+        slopes = bias.slopes() if scaled is None else None
+        if scaled is not None:
+            checks.check_scaled(bias, scaled, query, key)
+        elif slopes is None:
             table = bias.table(query_length, key_length, rule.query_start, rule.key_start)
             shape = (query.shape[1], query_length + key_length - 1)
             checks.check_made(bias, "a table", table, shape, query)
             support = bias.support()
         else:
             checks.check_made(bias, "slopes", slopes, (query.shape[1],), query)
+    # Not query's dtype: in half precision a bias would be off by 2^-9 of itself, which scores would show.
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if table is not None:
-        # Not query's dtype: in half precision a bias would be off by 2^-9 of itself, which scores would show.
-        table = table.to(torch.float64 if query.dtype == torch.float64 else torch.float32).contiguous()
+        table = table.to(dtype).contiguous()
+    parts = (None,) * 4 if scaled is None else tuple(part.to(dtype).contiguous() for part in scaled)
 
     out, lse = Attend.apply(  # type: ignore[no-untyped-call]
         query,
@@ -137,6 +151,7 @@ def attention(
         table,
         support,
         slopes,
+        *parts,
         key_padding_mask,
         rule.scale,
         rule.softcap,
@@ -148,6 +163,37 @@ def attention(
         backend,
     )
     return (out, lse) if return_lse else out
+
+
+def _mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: DAPE,
+    key_padding_mask: Tensor | None,
+    rule: checks.Rule,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    lengths = query.shape[2], key.shape[2]
+    network = bias.network(*lengths, rule.query_start, rule.key_start, double=query.dtype == torch.float64)
+    if bias.base is not None and network.table is not None:
+        shape = (query.shape[1], query.shape[2] + key.shape[2] - 1)
+        checks.check_made(bias.base, "a table", network.table, shape, query)
+    out, lse = Mix.apply(  # type: ignore[no-untyped-call]
+        query,
+        key,
+        value,
+        *network[:-1],
+        key_padding_mask,
+        rule.scale,
+        rule.key_start - rule.query_start,
+        rule.left,
+        rule.right,
+        network.negative_slope,
+        not bias.prefix_consistent,
+        backend,
+    )
+    return out, lse
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

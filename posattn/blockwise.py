@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import scaled_blocks
+from .biases.bias import Scaled
 from .strips import DEAD, Block, Rule, blocks, diagonal_sums, line_range, make_line, same_keys, strip
 
 SCRATCH = 1 << 20  # numbers: a few MB, which stay in the cache from one pass to the next
@@ -33,6 +35,7 @@ def forward(
     table: Tensor | None,
     support: Tensor | None,
     slopes: Tensor | None,
+    scaled: Scaled | None = None,
     key_mask: Tensor | None,
     scale: float,
     softcap: float,
@@ -53,6 +56,7 @@ def forward(
     key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     line = make_line(rule, table, slopes, symmetric, q, dtype)
     groups = same_keys(key_mask, q.shape[0], k.shape[2], dtype)
+    positional = not (table is None and slopes is None and scaled is None)
     fused = _kernel_serves(q, softcap)
     if fused:
         width = max(q.shape[-1], value_dim)  # the kernel knows one for all, and no stride inside a row
@@ -65,13 +69,14 @@ def forward(
     for batches in groups:
         causal = rule.hides_future(batches.last)
         # The kernel multiplies its own -inf by the scale.
-        plain = table is None and slopes is None and rule.is_plain(batches) and (scale > 0 or not causal)
+        plain = not positional and rule.is_plain(batches) and (scale > 0 or not causal)
         if fused and plain:
             b, seen = slice(batches.start, batches.end), slice(batches.first, batches.last)
             part, total = _fused(q[b], k[b, :, seen], v[b, :, seen], is_causal=causal, scale=scale)
             out[b], lse[b] = part[..., :value_dim], total
         elif fused:
-            scratch = None if batches.padding is None else SCRATCH
+            # The bias of a table is a view of it; sums of biases take memory.
+            scratch = None if batches.padding is None and scaled is None else SCRATCH
             most = rule.most_keys(FUSED_ROWS, batches.last - batches.first)
             count = LONG_ROWS if most > LONG else FUSED_ROWS
             todo += blocks(rule, batches, key_heads, group, count, MIN_ROWS, scratch)
@@ -86,13 +91,13 @@ def forward(
             continue
         keys, values = block.keys_of(k), block.keys_of(v)
         if fused:
-            mask = strip(line, rule, block)
+            mask = _bias(line, scaled, rule, block)
             if block.padding is not None:
                 mask = mask + block.padding[block.keys.start : block.keys.stop]
             part, total = _fused(block.rows_of(q), keys, values, attn_mask=mask, scale=scale)
         else:
             rows = block.rows_of(q).to(dtype)
-            weight = _scores(block, rule, line, rows, keys, scale, softcap, buffers)
+            weight = _scores(block, rule, line, scaled, rows, keys, scale, softcap, buffers)
             top = weight.amax(-1, keepdim=True)
             norm = weight.sub_(top).exp_().sum(-1, keepdim=True)
             part = (
@@ -118,6 +123,7 @@ def backward(
     table: Tensor | None,
     support: Tensor | None,
     slopes: Tensor | None,
+    scaled: Scaled | None = None,
     key_mask: Tensor | None,
     scale: float,
     softcap: float,
@@ -130,7 +136,7 @@ def backward(
     need_kv: bool,
     need_table: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and the table; where tails need none, the table's is 0 outside the support.
 
     With P = exp(logit - lse), delta = rowsum(out * grad_out) - grad_lse and dS = P * (grad_out V^T - delta):
@@ -142,8 +148,10 @@ def backward(
     dq = torch.empty_like(q) if need_q else nothing
     dk, dv = (torch.empty_like(k), torch.empty_like(v)) if need_kv else (nothing, nothing)
     dtable = torch.zeros_like(table) if need_table and table is not None else nothing
-    if not (need_q or need_kv or dtable.numel()) or q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dtable
+    parts = () if scaled is None else (scaled.line, scaled.rows, scaled.pieces)
+    dscaled = tuple(torch.zeros_like(part) if need_table else nothing for part in parts)
+    if not (need_q or need_kv or need_table) or q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dtable, *dscaled
 
     rule = Rule(q.shape[2], k.shape[2], shift, left, right)
     key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -172,7 +180,7 @@ def backward(
         if grad_lse is not None:
             delta -= block.rows_of(grad_lse).masked_fill(dead, 0.0)
 
-        weight = _scores(block, rule, line, rows, keys, scale, softcap, buffers, total).exp_()
+        weight = _scores(block, rule, line, scaled, rows, keys, scale, softcap, buffers, total).exp_()
         flat_rows, flat_grad = _by_key_head(rows, keys), _by_key_head(grad, keys)
         flat = _by_key_head(weight, keys)  # becomes dS
         if need_kv:
@@ -184,6 +192,8 @@ def backward(
         weight.mul_(slope)
         if dtable.numel():
             _add_to_table(dtable, weight, buffers[1], rule, block, lowest, highest)  # overwrites slope
+        if scaled is not None and need_table:
+            scaled_blocks.add_gradients(dscaled, weight, buffers[1], scaled, rule, block)
         if softcap:
             squashed = buffers[2][: weight.numel()].view(weight.shape)
             weight.addcmul_(weight, squashed.square_(), value=-1)
@@ -196,7 +206,7 @@ def backward(
         dk.copy_(sum_k)
     if sum_v is not dv:
         dv.copy_(sum_v)
-    return dq, dk, dv, dtable
+    return dq, dk, dv, dtable, *dscaled
 
 
 def _kernel_serves(q: Tensor, softcap: float) -> bool:
@@ -207,6 +217,7 @@ def _scores(
     block: Block,
     rule: Rule,
     line: Tensor,
+    scaled: Scaled | None,
     rows: Tensor,
     keys: Tensor,
     scale: float,
@@ -216,7 +227,7 @@ def _scores(
 ) -> Tensor:
     """softcap(scale * q.k) + bias - less, (batch, heads, rows, keys), in the first buffer; tanh in the last."""
     scores = buffers[0][: math.prod(block.shape())].view(block.shape())
-    bias = strip(line, rule, block)
+    bias = _bias(line, scaled, rule, block)
     if less is None:
         scores.copy_(bias)
     else:
@@ -231,6 +242,12 @@ def _scores(
     else:
         flat.baddbmm_(rows, keys.mT, alpha=scale)
     return scores
+
+
+def _bias(line: Tensor, scaled: Scaled | None, rule: Rule, block: Block) -> Tensor:
+    """(1, heads or 1, rows, keys), last row first."""
+    bias = strip(line, rule, block)
+    return bias if scaled is None else scaled_blocks.values(scaled, rule, block).add_(bias)
 
 
 def _by_key_head(rows: Tensor, keys: Tensor) -> Tensor:

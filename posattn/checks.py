@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .biases.bias import Bias
+from .biases.bias import Bias, Scaled
+from .biases.dape import DAPE
 
 MAX_HEAD_DIM = 256
 MAX_FLOAT32_HEAD_DIM = 128  # on Triton: kernels/configs.py has no wider row, the registers do not do
@@ -84,17 +85,17 @@ def check_together(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
         )
 
 
-def check_bias(bias: Bias | Tensor | None, query: Tensor, key: Tensor) -> None:
+def check_bias(bias: Bias | DAPE | Tensor | None, query: Tensor, key: Tensor) -> None:
     """The bias before its table is made."""
     if bias is None:
         return
     heads, width = query.shape[1], _width(query, key)
-    if isinstance(bias, Bias):
+    if isinstance(bias, (Bias, DAPE)):
         if bias.num_heads != heads:
             came = f"{type(bias).__name__} with {bias.num_heads}"
             raise ValueError(f"bias must have query's {heads} heads, got {came}")
     elif not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a posattn.Bias, a Tensor or None, got {_kind(bias)}")
+        raise TypeError(f"bias must be a posattn.Bias, a posattn.DAPE, a Tensor or None, got {_kind(bias)}")
     elif bias.dtype == torch.bool or bias.dim() > 2:
         raise ValueError(
             f"bias must be a table of shape (heads, Lq + Lk - 1) = {(heads, width)}, one value an offset, "
@@ -122,6 +123,31 @@ def check_made(bias: Bias, method: str, made: Tensor, shape: tuple[int, ...], qu
     if tuple(made.shape) != shape:
         came = f"{_shape(made)} from {type(bias).__name__}"
         raise ValueError(f"bias must make {method} of shape {shape}, got {came}")
+
+
+def check_dape(bias: DAPE, query: Tensor, rule: Rule, is_causal: bool) -> None:
+    """What a DAPE asks for beyond what every bias does."""
+    if rule.softcap:
+        raise ValueError(f"softcap must be None with a DAPE, got {rule.softcap!r}")
+    if not bias.prefix_consistent and not (is_causal and rule.left < 0):
+        raise ValueError(
+            "a DAPE with prefix_consistent=False is defined for is_causal=True and window=None only; "
+            "prefix_consistent=True takes every window"
+        )
+    for tensor in (*bias.parameters(), *bias.buffers()):
+        if tensor.device != query.device:
+            raise ValueError(
+                f"bias must be on query's device {query.device}, got a DAPE with a part on {tensor.device}; "
+                "move it there with bias.to(query.device)"
+            )
+
+
+def check_scaled(bias: Bias, scaled: Scaled, query: Tensor, key: Tensor) -> None:
+    """What `Bias.scaled` returned."""
+    units = scaled.knots.shape[-1]
+    shapes = (_width(query, key),), (query.shape[2],), (units,), (query.shape[1], units + 1, 2)
+    for name, made, shape in zip(Scaled._fields, scaled, shapes):
+        check_made(bias, name, made, shape, query)
 
 
 def check_rule(

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .biases.bias import Scaled
+
 torch.library.define(
     "posattn::attend_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? support, Tensor? slopes, Tensor? key_mask,"
+    "(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? support, Tensor? slopes,"
+    " Tensor? line, Tensor? rows, Tensor? knots, Tensor? pieces, Tensor? key_mask,"
     " float scale, float softcap, SymInt shift, SymInt left, SymInt right, bool symmetric, str backend)"
     " -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -24,10 +27,11 @@ torch.library.define(
 torch.library.define(
     "posattn::attend_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor? table, Tensor? support, Tensor? slopes, Tensor? key_mask,"
+    " Tensor? table, Tensor? support, Tensor? slopes,"
+    " Tensor? line, Tensor? rows, Tensor? knots, Tensor? pieces, Tensor? key_mask,"
     " float scale, float softcap, SymInt shift, SymInt left, SymInt right, bool symmetric,"
     " bool tails_need_grad, bool need_q, bool need_kv, bool need_table, bool deterministic, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)",
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, Tensor dline, Tensor drows, Tensor dpieces)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -40,6 +44,10 @@ def _forward(
     table: Tensor | None,
     support: Tensor | None,
     slopes: Tensor | None,
+    line: Tensor | None,
+    rows: Tensor | None,
+    knots: Tensor | None,
+    pieces: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     softcap: float,
@@ -52,8 +60,9 @@ def _forward(
     """Attention and its natural logsumexp.
 
     q (B, Hq, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, Dv), Hq a multiple of Hk; table (Hq, Lq + Lk - 1), fp32
-    (fp64 with fp64 q); support (2, Hq) int32; slopes (Hq,) fp32; key_mask (B, Lk) bool. Key j has the offset
-    j - i + shift from query i; left, right = -1 are open; softcap = 0.0 is none. out has the strides of
+    (fp64 with fp64 q); support (2, Hq) int32; slopes (Hq,) fp32; line, rows, knots, pieces all or none, those of
+    `Scaled`, in the table's dtype; key_mask (B, Lk) bool. At most one of table, slopes and line is given. Key j has
+    the offset j - i + shift from query i; left, right = -1 are open; softcap = 0.0 is none. out has the strides of
     empty_like(q) when Dv = D and is contiguous otherwise; lse (B, Hq, Lq) is contiguous and of the
     table's dtype.
     """
@@ -68,6 +77,7 @@ def _forward(
             table=table,
             support=support,
             slopes=slopes,
+            scaled=_scaled(line, rows, knots, pieces),
             key_mask=key_mask,
             scale=scale,
             softcap=softcap,
@@ -91,6 +101,10 @@ def _backward(
     table: Tensor | None,
     support: Tensor | None,
     slopes: Tensor | None,
+    line: Tensor | None,
+    rows: Tensor | None,
+    knots: Tensor | None,
+    pieces: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     softcap: float,
@@ -104,13 +118,16 @@ def _backward(
     need_table: bool,
     deterministic: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the table, each like its tensor; shape (0,) for what is not needed."""
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, table, line, rows and pieces, each like its tensor; shape (0,) for what is not needed.
+
+    need_table asks for those of the bias, whichever form it has. A backend gives the last three with `scaled` only.
+    """
+    bias = (table, line, rows, pieces)
     if q.numel() == 0 or k.numel() == 0:
-        dq, dk, dv, dtable = _empty_gradients(q, k, v, table, need_q, need_kv, need_table)
-        return dq.zero_(), dk.zero_(), dv.zero_(), dtable.zero_()
+        return tuple(grad.zero_() for grad in _empty_gradients(q, k, v, bias, need_q, need_kv, need_table))
     with _no_autocast(q.device.type):
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _module(backend).backward(
+        gradients: tuple[Tensor, ...] = _module(backend).backward(
             grad_out,
             grad_lse,
             q,
@@ -121,6 +138,7 @@ def _backward(
             table=table,
             support=support,
             slopes=slopes,
+            scaled=_scaled(line, rows, knots, pieces),
             key_mask=key_mask,
             scale=scale,
             softcap=softcap,
@@ -135,9 +153,9 @@ def _backward(
             deterministic=deterministic,
         )
     # Outputs of an operator may not alias, and a backend may give one empty tensor for all that is not needed.
-    needed = zip(gradients, (need_q, need_kv, need_kv, need_table))
-    dq, dk, dv, dtable = (grad if need else q.new_empty(0) for grad, need in needed)
-    return dq, dk, dv, dtable
+    needed = (need_q, need_kv, need_kv, *(need_table and part is not None for part in bias))
+    gradients += (q,) * (len(needed) - len(gradients))
+    return tuple(grad if need else q.new_empty(0) for grad, need in zip(gradients, needed))
 
 
 @torch.library.register_fake("posattn::attend_forward")  # type: ignore[untyped-decorator]
@@ -148,10 +166,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("posattn::attend_backward")  # type: ignore[untyped-decorator]
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    table = rest[2]
-    need_q, need_kv, need_table = rest[13:16]
-    return _empty_gradients(q, k, v, table, need_q, need_kv, need_table)
+) -> tuple[Tensor, ...]:
+    table, _, _, line, rows, _, pieces = rest[2:9]
+    need_q, need_kv, need_table = rest[17:20]
+    return _empty_gradients(q, k, v, (table, line, rows, pieces), need_q, need_kv, need_table)
 
 
 def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,13 +180,24 @@ def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, need_q: bool, need_kv: bool, need_table: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = (q, need_q), (k, need_kv), (v, need_kv), (table, need_table)
-    dq, dk, dv, dtable = (
-        torch.empty_like(t) if t is not None and need else q.new_empty(0) for t, need in wanted
-    )
-    return dq, dk, dv, dtable
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: tuple[Tensor | None, ...],
+    need_q: bool,
+    need_kv: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    wanted = (q, need_q), (k, need_kv), (v, need_kv), *((part, need_bias) for part in bias)
+    return tuple(torch.empty_like(t) if t is not None and need else q.new_empty(0) for t, need in wanted)
+
+
+def _scaled(
+    line: Tensor | None, rows: Tensor | None, knots: Tensor | None, pieces: Tensor | None
+) -> Scaled | None:
+    if line is None or rows is None or knots is None or pieces is None:
+        return None
+    return Scaled(line, rows, knots, pieces)
 
 
 def _module(backend: str) -> Any:
@@ -196,7 +225,7 @@ CHECKPOINT_OPS = [attend_forward]
 
 
 class Attend(torch.autograd.Function):
-    """attend_forward with gradients for q, k, v and table, of out and of lse; once differentiable."""
+    """attend_forward, differentiable once by q, k, v, table, line, rows and pieces, in out and in lse."""
 
     @staticmethod
     def forward(
@@ -207,6 +236,10 @@ class Attend(torch.autograd.Function):
         table: Tensor | None,
         support: Tensor | None,
         slopes: Tensor | None,
+        line: Tensor | None,
+        rows: Tensor | None,
+        knots: Tensor | None,
+        pieces: Tensor | None,
         key_mask: Tensor | None,
         scale: float,
         softcap: float,
@@ -218,8 +251,9 @@ class Attend(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         rule = (scale, softcap, shift, left, right, symmetric)
-        out, lse = attend_forward(q, k, v, table, support, slopes, key_mask, *rule, backend)
-        ctx.save_for_backward(q, k, v, out, lse, table, support, slopes, key_mask)
+        bias = (table, support, slopes, line, rows, knots, pieces)
+        out, lse = attend_forward(q, k, v, *bias, key_mask, *rule, backend)
+        ctx.save_for_backward(q, k, v, out, lse, *bias, key_mask)
         ctx.rule = (*rule, tails_need_grad)
         ctx.backend = backend
         # Determinism is decided where the user sees it; backward may run in another thread, much later.
@@ -229,34 +263,31 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        need_q, need_k, need_v, need_table = ctx.needs_input_grad[:4]
-        nothing = (None,) * 11  # for the arguments after table
+        wanted = ctx.needs_input_grad
         if grad_out is None and grad_lse is None:
-            return None, None, None, None, *nothing
+            return (None,) * len(wanted)
         saved = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
-        need = (need_q, need_k or need_v, need_table)
+        need_q, need_k, need_v, need_table, _, _, *need_scaled = wanted[:10]
+        need = (need_q, need_k or need_v, need_table or any(need_scaled))
         # Grad mode is on only under create_graph=True. AOTAutograd, which traces this, has its own refusal.
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         backward = _RefuseSecond.apply if recorded else attend_backward
         settings = (*ctx.rule, *need, ctx.deterministic, ctx.backend)
-        dq, dk, dv, dtable = backward(grad_out, grad_lse, *saved, *settings)  # type: ignore[no-untyped-call]
-        return (
-            dq if need_q else None,
-            dk if need_k else None,
-            dv if need_v else None,
-            dtable if need_table else None,
-            *nothing,
-        )
+        made = backward(grad_out, grad_lse, *saved, *settings)  # type: ignore[no-untyped-call]
+        dq, dk, dv, dtable, dline, drows, dpieces = made
+        gradients = [dq, dk, dv, dtable, None, None, dline, drows, None, dpieces]
+        gradients += [None] * (len(wanted) - len(gradients))
+        return tuple(grad if want else None for grad, want in zip(gradients, wanted))
 
 
 class _RefuseSecond(torch.autograd.Function):
     """attend_backward, with an error of our own where its derivative is asked for."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = attend_backward(*args)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = attend_backward(*args)
         return gradients
 
     @staticmethod

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from . import checks
 from .biases.bias import Bias
+from .biases.dape import DAPE
 
 
 def attention_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Bias | Tensor | None = None,
+    bias: Bias | DAPE | Tensor | None = None,
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -70,7 +71,13 @@ def attention_reference(
     score = rule.scale * (query @ key.mT).to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     if rule.softcap:
         score = rule.softcap * torch.tanh(score / rule.softcap)
-    if bias is not None and query_length > 0 and key_length > 0:
+    if isinstance(bias, DAPE):
+        checks.check_dape(bias, query, rule, is_causal)
+        if query_length > 0 and key_length > 0:
+            at = (query_length, key_length, rule.query_start, rule.key_start)
+            heard = visible if bias.prefix_consistent else j <= i
+            score = bias.mixed(score, None if bias.base is None else bias.base.dense(*at), heard)
+    elif bias is not None and query_length > 0 and key_length > 0:
         if isinstance(bias, Bias):
             dense = bias.dense(query_length, key_length, rule.query_start, rule.key_start)
         else:  # window s of the table holds the row of query Lq - 1 - s

@@ -192,3 +192,28 @@ def diagonal_sums(scores: Tensor, scratch: Tensor) -> Tensor:
     size = (batch, heads, rows, pitch - 1)
     strides = (padded.stride(0), padded.stride(1), pitch - 1, 1)
     return padded.as_strided(size, strides, padded.storage_offset()).sum((0, 2))
+
+
+def sheared_sums(scores: Tensor) -> Tensor:
+    """(heads, rows, n), last row first -> (heads, n + rows - 1): sums along j - i.
+
+    Number d of row r is number d - r of the row: from each row to the next the reading starts one number earlier.
+    That leaves the row only at the two ends, which `diagonal_sums` does.
+    """
+    heads, rows, n = scores.shape
+    edge = rows - 1
+
+    def small(part: Tensor) -> Tensor:
+        return diagonal_sums(part[None], part.new_empty(heads * rows * (part.shape[2] + rows)))
+
+    if n < 2 * rows:
+        return small(scores)
+    sums = scores.new_empty(heads, n + edge)
+    middle = scores.as_strided(
+        (heads, rows, n - edge), (scores.stride(0), n - 1, 1), scores.storage_offset() + edge
+    )
+    torch.sum(middle, 1, out=sums[:, edge:n])
+    if edge:
+        sums[:, :edge] = small(scores[:, :, :edge])[:, :edge]
+        sums[:, n:] = small(scores[:, :, n - edge :])[:, edge:]
+    return sums

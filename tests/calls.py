@@ -26,7 +26,7 @@ def triton(*args, **kwargs):
 
 
 def move(value, device):
-    return value.to(device) if isinstance(value, (torch.Tensor, posattn.Bias)) else value
+    return value.to(device) if isinstance(value, (torch.Tensor, torch.nn.Module)) else value
 
 
 TRITON = pytest.param(triton, marks=pytest.mark.triton)

@@ -184,3 +184,33 @@ def relative_table(weight: Tensor, query_length: int, key_length: int, shift: in
     for i in range(query_length):
         rows.append([max(-far, min(far, j + shift - i)) + far for j in range(key_length)])
     return weight.double()[:, torch.tensor(rows)]
+
+
+def fire(
+    c: Tensor,
+    multiplier: Tensor,
+    first: tuple[Tensor, Tensor],
+    last: tuple[Tensor, Tensor],
+    positions: tuple[Tensor, Tensor],
+    *,
+    init_length: float,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """The MLP, written out, of log(|c| |j - i| + 1) / (log(|c| max(i, |m L|) + 1) + 1e-6).
+
+    first: weight and bias (F,) each; last: (H, F) and (H,); positions: those of the queries and of the keys.
+    """
+    c, multiplier, first, last = (
+        c.double(), multiplier.double(), [t.double() for t in first], [t.double() for t in last]
+    )  # fmt: skip
+    i, j = positions[0].double()[:, None], positions[1].double()[None, :]
+    top = torch.log(c.abs() * (j - i).abs() + 1)
+    x = top / (torch.log(c.abs() * torch.maximum(i, (multiplier * init_length).abs()) + 1) + 1e-6)
+    heads = []
+    for h in range(len(last[1])):
+        b = last[1][h]
+        for f in range(len(first[0])):
+            y = first[0][f] * x + first[1][f]
+            b = b + last[0][h, f] * torch.where(y > 0, y, negative_slope * y)
+        heads.append(b)
+    return torch.stack(heads)

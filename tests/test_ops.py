@@ -19,6 +19,9 @@ from posattn import attention, attention_reference, ops
 # --------------------------------------------------------------------------------------- torch.library
 
 
+SCALED = (None,) * 4  # line, rows, knots, pieces: test_fire.py has them
+
+
 def operator_arguments(kind: str, backend: str) -> tuple:
     """What attend_forward gets, with or without the optional tensors."""
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
@@ -33,7 +36,7 @@ def operator_arguments(kind: str, backend: str) -> tuple:
     if kind == "slopes":
         slopes = torch.rand(4, device=device)
     numbers = (0.3, 20.0 if kind == "table" else 0.0, -2, 4, 0, True)
-    return (query, key, value, table, support, slopes, mask, *numbers, backend)
+    return (query, key, value, table, support, slopes, *SCALED, mask, *numbers, backend)
 
 
 EVERYTHING, ONLY_Q, ONLY_KV = (True, True, True), (True, False, False), (False, True, False)
@@ -53,20 +56,23 @@ def test_opcheck(backend, kind, need):
     arguments = operator_arguments(kind, backend)
     if need == EVERYTHING:
         torch.library.opcheck(ops.attend_forward, arguments)
-    query, key, value, table, *others = arguments[:7]
+    query, key, value, table, *others = arguments[:11]
     out, lse = ops.attend_forward(*arguments)
     need = (*need[:2], need[2] and table is not None)
     grads = (torch.randn_like(out), torch.randn_like(lse) if kind == "table" else None)
     saved = (query, key, value, out, lse, table, *others)
-    arguments = (*grads, *saved, *arguments[7:13], False, *need, True, backend)
+    arguments = (*grads, *saved, *arguments[11:17], False, *need, True, backend)
     torch.library.opcheck(ops.attend_backward, arguments)
     wanted = (query, need[0]), (key, need[1]), (value, need[1]), (table, need[2])
-    for grad, (like, needed) in zip(ops.attend_backward(*arguments), wanted):
+    *grads, dline, drows, dpieces = ops.attend_backward(*arguments)
+    for grad, (like, needed) in zip(grads, wanted):
         assert grad.shape == (like.shape if needed else (0,))
+    assert dline.shape == drows.shape == dpieces.shape == (0,)
 
 
-def test_checkpoint_ops_names_the_forward_operator():
-    assert [torch.ops.posattn.attend_forward.default] == posattn.CHECKPOINT_OPS
+def test_checkpoint_ops_names_the_forward_operators():
+    forward = torch.ops.posattn.attend_forward.default, torch.ops.posattn.mix_forward.default
+    assert list(forward) == posattn.CHECKPOINT_OPS
 
 
 # ------------------------------------------------------------------------------------ no work unneeded

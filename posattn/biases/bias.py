@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+class Scaled(NamedTuple):
+    """A bias ``f_h(line[j - i + Lq - 1] * rows[i])`` with f_h piecewise linear, by its O(N) parts.
+
+    line (Lq + Lk - 1,) is at least 0 and grows with the distance, rows (Lq,) is positive and falls with i;
+    knots (F,) ascend and carry no gradient; pieces (H, F + 1, 2) hold slope and intercept: of
+    s the number of knots below x, ``f_h(x) = pieces[h, s, 0] * x + pieces[h, s, 1]``, continuous.
+    """
+
+    line: Tensor
+    rows: Tensor
+    knots: Tensor
+    pieces: Tensor
+
+
 class Bias(nn.Module):
     r"""A bias that depends on the offset ``o = (position of the key) - (position of the query)`` only.
 
     ``score[h, i, j] = scale * q_i . k_j + values(o)[h]``; negative offsets are the past. A subclass calls
     ``super().__init__(num_heads)``, makes its parameters and writes `values`. Attention asks for `table`,
     which is O(N), and differentiates through it; nothing of size Lq x Lk exists unless `dense` is called.
+    `FIRE`, which depends on the query's position too, has `scaled` in place of `values` and `table`.
 
     Attributes:
         num_heads: H, the number of query heads.
@@ -65,6 +80,12 @@ class Bias(nn.Module):
         """Per head, the slope of a bias that is linear in the offset: (H,) fp32; None for all others."""
         return None
 
+    def scaled(
+        self, query_length: int, key_length: int, query_start: int | None = None, key_start: int | None = None
+    ) -> Scaled | None:
+        """What attention takes instead of `table`, arguments as there; None for all but biases of that form."""
+        return None
+
     def table(
         self, query_length: int, key_length: int, query_start: int | None = None, key_start: int | None = None
     ) -> Tensor:
@@ -83,7 +104,7 @@ class Bias(nn.Module):
         check_integer("query_start", query_start)
         device = self._anchor().device
         offsets = torch.arange(query_length + key_length - 1, device=device)
-        with _no_autocast(device.type):
+        with no_autocast(device.type):
             return self.values(offsets + (key_start - query_start - query_length + 1)).contiguous()
 
     def dense(
@@ -108,11 +129,15 @@ class Bias(nn.Module):
                 raise ImportError("plot() needs matplotlib: pip install posattn[plot]") from error
             ax = pyplot.subplots()[1]
         offsets = torch.arange(-max_distance, max_distance + 1, device=self._anchor().device)
-        for head, values in enumerate(self.values(offsets).cpu()):
+        for head, values in enumerate(self._drawn(offsets).cpu()):
             ax.plot(offsets.tolist(), values.tolist(), label=f"head {head}")
         ax.set(xlabel="offset (key - query)", ylabel="bias", title=repr(self))
         ax.legend(fontsize="small", ncols=1 + self.num_heads // 9)
         return ax
+
+    def _drawn(self, offsets: Tensor) -> Tensor:
+        """What `plot` draws: (n,) -> (H, n)."""
+        return self.values(offsets)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
@@ -159,7 +184,7 @@ def check_integer(name: str, value: int, minimum: int | None = None) -> int:
     return value
 
 
-def _no_autocast(device_type: str) -> Any:
+def no_autocast(device_type: str) -> Any:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # the meta device has none
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -3,8 +3,8 @@
 What is counted: `path` is the number of instructions that one warp issues for one turn of the inner loop when the tile
 needs no edge mask and does touch the table (masks and far tiles are branches; of all ways round the loop, those with
 the most products, loads and reductions, and of these the shortest); `far` is the shortest way of all, which is that
-of a tile where the table is constant. Of a Scaled rule, `far` is a tile without knots, the most frequent, `path` one with
-them (of its sums, with as many as can be). A predicated instruction counts whether or not it acts, a product of the
+of a tile where the table is constant. Of a Scaled rule `far` is a tile without knots, the most frequent, and `path` one
+with (of its sums, with as many as can be). A predicated instruction counts whether or not it acts, a product of the
 tensor cores counts as one. instr/score = threads * path / (BLOCK_M * BLOCK_N).
 """
 

@@ -47,7 +47,8 @@ def per_thread(shape, threads):
 
 HINGE = tl.constexpr("fma.rn.f32 d, %line, %factor, t; max.f32 d, d, 0f00000000; fma.rn.f32 %out, g, d, %out;")
 STEP = tl.constexpr(
-    "fma.rn.f32 d, %line, %factor, t; set.gt.f32.f32 d, d, 0f00000000; mul.f32 d, d, %factor; fma.rn.f32 %out, g, d, %out;"
+    "fma.rn.f32 d, %line, %factor, t; set.gt.f32.f32 d, d, 0f00000000;"
+    " mul.f32 d, d, %factor; fma.rn.f32 %out, g, d, %out;"
 )
 
 
@@ -55,8 +56,9 @@ STEP = tl.constexpr(
 def over_knots(start, line, factor, knot, inside, KIND: tl.constexpr):
     """With x = line * factor, start + the sum over the knots inside of jump * max(x - t, 0): HINGE.
 
-    STEP: of jump * factor * (x > t), the derivative by line. A loop of Triton's own would keep the loop over keys, which it stands in, from being pipelined; branches make the
-    compiler compute the tile twice, in two layouts. So the loop is assembly, 16 scores at a time.
+    STEP: of jump * factor * (x > t), the derivative by line. A loop of Triton's own would keep the loop over keys,
+    which it stands in, from being pipelined; branches make the compiler compute the tile twice, in two layouts. So
+    the loop is assembly, 16 scores at a time.
     """
     if ASM_LOADS:
         PACK: tl.constexpr = per_thread(line.shape, tl.extra.cuda.num_threads())

@@ -32,13 +32,16 @@ STEP = 8  # rows between those of a program, as in mix.py
 class Mixing:
     """One call: the problem, the cut, the weights as kernels take them; and a method for each launch."""
 
-    def __init__(self, direction, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published):
+    def __init__(self, backward, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published):
         self.p = p = Problem(q, k, v, None, None, None, None, key_mask, scale, 0.0, shift, left, right, True)
         table, line, rows, first, last, last_bias = base
         self.base = 1 if table is not None else 2 if line is not None else 0
         self.heads, self.units, self.taps = w2.shape
         self.fire = 0 if first is None else first.shape[1]
         self.sizes = tuple(map(padded, (self.heads, self.units, self.fire)))
+        self.convolved = self.taps > 1
+        self.backward = backward
+        direction = ("conv" if self.convolved else "mix") + (" backward" if backward else "")
         self.config = pick_mixing(q, direction, sum(self.sizes[: 3 if self.base == 2 else 2]))
         self.weights: dict[str, Any] = dict(
             W1=w1, B1=b1, W2=w2, B2=b2, TABLE=table, LINE=line, ROWS=rows, FIRST=first, LAST=last, LAST_BIAS=last_bias,
@@ -48,8 +51,6 @@ class Mixing:
             num_warps=self.config.num_warps, num_stages=self.config.num_stages,
         )  # fmt: skip
         self.stored = torch.float32 if q.dtype == torch.float32 else torch.float16
-        self.backward = direction == "mix backward"
-        self.convolved = self.taps > 1
         if self.convolved:
             self.weights.update(K=self.taps, PUBLISHED=published)
         planes = (3 if self.convolved else 2) * self.heads if self.backward else self.heads
@@ -116,7 +117,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out [B, Hq, Lq, Dv] in q's dtype and, where the shapes agree, q's strides; lse [B, Hq, Lq] fp32, natural."""
     base = (table, line, rows, first, last, last_bias)
-    mixing = Mixing("mix", q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
+    mixing = Mixing(False, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
     p, grid = mixing.p, mixing.grid
     out = torch.empty_like(q) if p.value_dim == p.head_dim else q.new_empty(*q.shape[:3], p.value_dim)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -219,7 +220,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> dq, dk, dv, dw1, db1, dw2, db2, dtable, dline, drows, dfirst, dlast, dlast_bias; empty where not needed."""
     base = (table, line, rows, first, last, last_bias)
-    mixing = Mixing("mix backward", q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
+    mixing = Mixing(True, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
     p, grid = mixing.p, mixing.grid
     do, out = rows_contiguous(grad_out), rows_contiguous(out)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)

@@ -23,7 +23,8 @@ serves every kernel.
 `first` and `last` are the smallest and largest j - i of the tile, scalars, for rules that do less on some tiles.
 `origin` is where the program's own tile starts: differences are taken from it, so that fp32 holds them exactly.
 `start`, `table` and `finish` are called by one kernel only (backward_rows.py), `along` by backward_diagonals.py. Hooks
-read tiles of memory through `load_scattered` only. A rule that leaves its scores alone sets `unscaled`: the scale then joins the exponent for free.
+read tiles of memory through `load_scattered` only. A rule that leaves its scores alone sets `unscaled`: the scale then
+joins the exponent for free.
 
 Triton 3.6 shapes this file: the tuple must be flat, and a jit function returns () where it has nothing to return.
 """

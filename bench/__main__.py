@@ -7,6 +7,7 @@ python -m bench attention    only the contest of attention
 With options of their own (--help after the job shows them):
 python -m bench extrapolate  eleven ways to tell positions, each far beyond its training length
 python -m bench chomsky      the same ways on formal-language tasks, trained on short strings, tested on long ones
+python -m bench dape         time and memory of DAPE and FIRE beside the same formula in plain PyTorch
 python -m bench gate         the kernels against float64
 python -m bench kernels      what the kernels compile to, without a GPU
 """
@@ -23,6 +24,10 @@ def main(argv: list[str]) -> int:
         from .gate import main as gate
 
         return gate(argv[1:]) or 0
+    if argv[:1] == ["dape"]:
+        from .mixing_speed import main as dape
+
+        return dape(argv[1:])
     if argv[:1] == ["kernels"]:
         from .kernels import main as kernels
 

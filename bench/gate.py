@@ -1,8 +1,8 @@
 """`python -m bench gate`: what a GPU must show before a release: numerics, memory, then a short table of speeds.
 
-Numerics go through `posattn.attention(backend="triton")` and are held against float64 (gate_numerics.py); memory and
-speed are in gate_speed.py. Everything stops politely at the time budget, says what it did not reach, and is written to
-one JSON file.
+Numerics go through `posattn.attention(backend="triton")` and are held against float64: biases of the offset in
+gate_numerics.py, DAPE and FIRE in gate_mixing.py; memory and speed are in gate_speed.py. Everything stops politely at
+the time budget, says what it did not reach, and is written to one JSON file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from . import gate_speed
 
 RESULTS = Path(__file__).parent / "results"
-NUMERICS_SHARE, MEMORY_SHARE = 0.6, 0.65  # of the budget, by the end of that part
+# Of the budget, by the end of that part: the first cases, DAPE and FIRE, the mixed cases, memory.
+FIRST_SHARE, MIXING_SHARE, NUMERICS_SHARE, MEMORY_SHARE = 0.3, 0.6, 0.7, 0.75
 
 
 class Clock:
@@ -69,16 +70,17 @@ def nvidia_smi() -> dict[str, str] | None:
 # --------------------------------------------------------------------------------------------------- numerics
 
 
-def numerics(cases: list[Any], device: torch.device, clock: Clock, rehearse: bool) -> dict[str, Any]:
-    from .gate_numerics import check
+def numerics(cases: list[Any], device: torch.device, clock: Clock, rehearse: bool, share: float) -> dict[str, Any]:
+    from . import gate_mixing, gate_numerics
 
     rows: list[dict[str, Any]] = []
     for n, case in enumerate(cases):
-        if not clock.open(NUMERICS_SHARE):
+        if not clock.open(share):
             break
         started = time.perf_counter()
         try:
-            row = check(case, device, rehearse)
+            module = gate_mixing if isinstance(case, gate_mixing.Case) else gate_numerics
+            row = module.check(case, device, rehearse)
         except torch.cuda.OutOfMemoryError:
             row = {"case": str(case), "errors": {}, "failed": [], "not_run": "float64 does not fit this GPU's memory"}
         except Exception as error:  # one broken config must not hide the others
@@ -87,9 +89,20 @@ def numerics(cases: list[Any], device: torch.device, clock: Clock, rehearse: boo
         rows.append(row)
         worst = max((e / b if b else float(e > 0) for e, b in row["errors"].values()), default=0.0)
         verdict = "FAILED " + ", ".join(row["failed"]) if row["failed"] else row.get("not_run", f"ok {worst:.2f}")
+        verdict += furthest_gradient(row)
         print(f"  {n + 1:3}/{len(cases)} {row['case']:64} {verdict}  ({row['seconds']:.1f} s)", flush=True)
         gate_speed.release()
     return {"rows": rows, "not_reached": [str(case) for case in cases[len(rows) :]]}
+
+
+def furthest_gradient(row: dict[str, Any]) -> str:
+    """The base's parameter (or the network's) whose gradient is furthest off by its size; and plain PyTorch's error."""
+    pairs = row.get("relative", {})
+    pairs = {name: pair for name, pair in pairs.items() if name.startswith("dbase.")} or pairs
+    if not pairs:
+        return ""
+    name = max(pairs, key=lambda name: pairs[name][0])
+    return ", {} {:.1e}/{:.0e}".format(name, *pairs[name])
 
 
 def bits_and_width(case: Any) -> tuple[int, int]:
@@ -126,6 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench gate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="when to stop (480)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="default: bench/results/gate-<gpu>-torch...json")
+    which = "biases of the offset, memory, speed; or DAPE and FIRE, which then have the whole budget; or all"
+    parser.add_argument("--part", choices=["all", "attention", "mixing"], default="all", help=which)
+    some = "which cases of DAPE and FIRE, as a slice: 7: after the seventh; 1::4 for the second of four processes"
+    parser.add_argument("--cases", type=slice_of, default=slice(None), metavar="A:B:C", help=some)
     rehearse = "rehearse on the CPU interpreter (TRITON_INTERPRET=1), tiny shapes, no speed table"
     parser.add_argument("--interpret", action="store_true", help=rehearse)
     arguments = parser.parse_args(argv)
@@ -136,19 +153,24 @@ def main(argv: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("no GPU here: nothing was run (--interpret rehearses a few cases on the CPU)")
         return 0
-    from . import gate_numerics
 
     torch.backends.cuda.matmul.allow_tf32 = False
     clock = Clock(arguments.budget)
     device = torch.device("cpu" if arguments.interpret else "cuda:0")
     report: dict[str, Any] = {"machine": machine(), "budget": arguments.budget, "interpreted": arguments.interpret}
     print(json.dumps(report["machine"]))
-    cases = list(gate_numerics.rehearsal()) if arguments.interpret else served(list(gate_numerics.cases()), device)
     print("numerics: error by what is allowed, the worst of all outputs and gradients (1 is the limit)")
-    report["numerics"] = found = numerics(cases, device, clock, arguments.interpret)
-    failures = [f"{row['case']}: {', '.join(row['failed'])}" for row in found["rows"] if row["failed"]]
-    if not arguments.interpret:
-        done = [c for c, row in zip(cases, found["rows"]) if not row["failed"] and "not_run" not in row]
+    print("DAPE and FIRE also: the base's parameter whose gradient is furthest off, by its size: posattn/plain PyTorch")
+    done, failures = [], []
+    for part, cases, share in planned(arguments, device):
+        found = numerics(cases, device, clock, arguments.interpret, share)
+        before = report.setdefault(part, {"rows": [], "not_reached": []})
+        for key in before:
+            before[key] += found[key]
+        failures += [f"{row['case']}: {', '.join(row['failed'])}" for row in found["rows"] if row["failed"]]
+        if part == "numerics":
+            done += [c for c, row in zip(cases, found["rows"]) if not row["failed"] and "not_run" not in row]
+    if not arguments.interpret and arguments.part != "mixing":
         report["configs"] = configs_covered(done, device)
         print("peak memory of forward and backward, bf16, H 8, D 64, TISA, causal")
         try:
@@ -158,25 +180,50 @@ def main(argv: list[str] | None = None) -> int:
         failures += report["memory"]["failed"]
         print("speed, bf16: forward; forward and backward")
         report["speed"] = gate_speed.speed(device, clock.open)
-        if report["machine"].get("nvidia_smi"):
-            report["nvidia_smi_after"] = nvidia_smi()
+    if report["machine"].get("nvidia_smi"):
+        report["nvidia_smi_after"] = nvidia_smi()
     report["seconds"] = clock.spent()
     report["failures"] = failures
     path = arguments.json
     if path is None and not arguments.interpret:
         RESULTS.mkdir(exist_ok=True)
         parts = report["machine"]["device"].replace(" ", "-"), torch.__version__, report["machine"]["triton"]
-        path = RESULTS / "gate-{}-torch{}-triton{}.json".format(*parts)
+        name = "gate-mixing" if arguments.part == "mixing" else "gate"
+        path = RESULTS / "{}-{}-torch{}-triton{}.json".format(name, *parts)
     if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         print(f"wrote {path}")
     report_unreached(report)
-    print("\n".join(["FAILED:", *failures]) if failures else f"passed, {len(found['rows'])} cases")
+    print("\n".join(["FAILED:", *failures]) if failures else f"passed, {cases_run(report)} cases")
     return int(bool(failures))
 
 
+def slice_of(text: str) -> slice:
+    return slice(*(int(part) if part else None for part in text.split(":")))
+
+
+def planned(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, list[Any], float]]:
+    """(part of the report, cases, share of the budget by the end of them)"""
+    from . import gate_mixing, gate_numerics
+
+    with_attention, with_mixing = arguments.part != "mixing", arguments.part != "attention"
+    made: list[tuple[str, list[Any], float]] = []
+    if arguments.interpret:
+        made += [("numerics", list(gate_numerics.rehearsal()), NUMERICS_SHARE)] * with_attention
+        return made + [("mixing", list(gate_mixing.rehearsal())[arguments.cases], 1.0)] * with_mixing
+    first, every = (served(list(cases()), device) for cases in (gate_numerics.first_cases, gate_numerics.cases))
+    mixing = served(list(gate_mixing.cases()), device)[arguments.cases]
+    made += [("numerics", first, FIRST_SHARE)] * with_attention
+    made += [("mixing", mixing, MIXING_SHARE if with_attention else 1.0)] * with_mixing
+    return made + [("numerics", every[len(first) :], NUMERICS_SHARE)] * with_attention
+
+
+def cases_run(report: dict[str, Any]) -> int:
+    return sum(len(report.get(part, {}).get("rows", [])) for part in ("numerics", "mixing"))
+
+
 def report_unreached(report: dict[str, Any]) -> None:
-    for part in ("numerics", "speed"):
+    for part in ("numerics", "mixing", "speed"):
         if missing := report.get(part, {}).get("not_reached"):
             print(f"not reached in the budget, {part}: {len(missing)}: {'; '.join(missing[:6])}")
     if missing := report.get("configs", {}).get("not_covered"):

@@ -33,6 +33,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
     """(chip, direction, bits, width, rule): all rules of sm_90 in 16 bits, else those that spill first."""
     from posattn.kernels.configs import CONFIGS
 
+    from . import aot_mixing
     from .aot import DIRECTIONS, HEAVIEST, SOFTCAP
 
     made: list[tuple[Any, ...]] = []
@@ -44,7 +45,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
             rules = HEAVIEST[direction]
         if chips is None or chip in chips:
             made += [(chip, direction, bits, width, rule) for rule in rules]
-    return made
+    return made + aot_mixing.jobs(chips, everything)
 
 
 def _enter_worker(hip: bool) -> None:
@@ -57,9 +58,9 @@ def _enter_worker(hip: bool) -> None:
 
 
 def _work(job: tuple[Any, ...]) -> dict[str, Any]:
-    from .aot import compile_and_count
+    from . import aot, aot_mixing
 
-    return compile_and_count(*job)
+    return (aot_mixing if job[1] in aot_mixing.KERNELS else aot).compile_and_count(*job)
 
 
 def compile_all(todo: list[tuple[Any, ...]], workers: int) -> list[dict[str, Any]]:
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows there")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes (2)")
     parser.add_argument("--update-budget", action="store_true", help=f"rewrite tests/{BUDGET.name} (sm_90, 16 bits)")
+    parser.add_argument("--predict", action="store_true", help="instead: what a call with DAPE should take on an H200")
     arguments = parser.parse_args(argv)
     # Compiled, not interpreted: workers inherit the environment, and only they import the kernels.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -178,6 +180,12 @@ def main(argv: list[str] | None = None) -> int:
     import triton
 
     from .aot import CHIPS
+
+    if arguments.predict:
+        from .aot_mixing import prediction
+
+        print(prediction())
+        return 0
 
     chips = arguments.arch.split(",") if arguments.arch else ["sm_90"] if arguments.update_budget else None
     if unknown := set(chips or ()) - set(CHIPS):

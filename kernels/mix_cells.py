@@ -10,6 +10,7 @@ from .launch import Problem
 
 # Bytes. Beside it there are only sums by row, by offset and by weight, so that a call keeps below 64 MB.
 SCRATCH = 48 << 20
+GRAIN = 128  # rows and keys of a cell are multiples of it, where there are so many
 
 
 class Cell(NamedTuple):
@@ -32,16 +33,19 @@ class Cell(NamedTuple):
 
 
 class Grid:
-    """Room for `batch` entries of `rows` rows and `width` keys, of which the outermost `margin` are neighbours'."""
+    """Room for `batch` entries of `rows` rows and `width` keys, of which the outermost `margin` are neighbours'.
 
-    def __init__(self, p: Problem, bytes_per_pair: int, margin: int):
-        self.p, self.margin = p, margin
+    `beyond` keys after the last visible one count too: hidden units of the published form that later keys have.
+    """
+
+    def __init__(self, p: Problem, bytes_per_pair: int, margin: int, beyond: int):
+        self.p, self.margin, self.beyond = p, margin, beyond
         pairs = SCRATCH // bytes_per_pair
         queries, keys = round_up(p.queries, 16), round_up(p.keys, 16)
         # Square cells: what a row of cells and a column of cells add up costs the same.
-        side = max(128, math.isqrt(pairs // 2) // 128 * 128)
-        self.rows = min(queries, max(side, pairs // (keys + 2 * margin) // 128 * 128))
-        self.step = min(keys, max(128, (pairs // self.rows - 2 * margin) // 128 * 128))
+        side = max(GRAIN, math.isqrt(pairs // 2) // GRAIN * GRAIN)
+        self.rows = min(queries, max(side, pairs // (keys + 2 * margin) // GRAIN * GRAIN))
+        self.step = min(keys, max(GRAIN, (pairs // self.rows - 2 * margin) // GRAIN * GRAIN))
         self.width = self.step + 2 * margin
         self.batch = max(1, min(p.batch, pairs // (self.rows * self.width)))
 
@@ -56,7 +60,7 @@ class Grid:
             for m0 in range(0, p.queries, self.rows):
                 m1 = min(m0 + self.rows, p.queries)
                 start = min(max(0, m0 + p.low), p.keys - 1) // 16 * 16
-                stop = max(start + 1, min(p.keys, m1 + p.high))
+                stop = max(start + 1, min(p.keys, m1 + p.high + self.beyond))
                 for n0 in range(start, stop, self.step):
                     keys = min(self.step, round_up(stop - n0, 16))
                     yield Cell(b0, batch, m0, m1, n0, keys, n0 == start, n0 + self.step >= stop)

@@ -9,13 +9,13 @@ added up in fp32 where several rows of cells add to them. Arguments are those of
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .backward_rows import attend_backward_rows
 from .configs import dot_precision
 from .launch import Problem, padded, rows_contiguous, strides
 from .mix import mix_forward
@@ -24,7 +24,7 @@ from .mix_cells import Cell, Grid
 from .mix_configs import pick_mixing, pick_products
 from .mix_conv import MARGIN, conv_forward, conv_hidden, conv_softmax_backward
 from .mix_conv_backward import conv_hidden_backward, conv_scores_backward
-from .mix_products import attend_stored, store_scores, stored_columns, stored_rows
+from .mix_products import attend_stored, row_sums, store_scores, stored_columns, stored_rows
 
 STEP = 8  # rows between those of a program, as in mix.py
 
@@ -55,7 +55,8 @@ class Mixing:
             self.weights.update(K=self.taps, PUBLISHED=published)
         planes = (3 if self.convolved else 2) * self.heads if self.backward else self.heads
         planes += self.units if self.convolved else 0
-        self.grid = Grid(p, planes * self.stored.itemsize, MARGIN if self.convolved else 0)
+        beyond = self.taps // 2 if published else 0
+        self.grid = Grid(p, planes * self.stored.itemsize, MARGIN if self.convolved else 0, beyond)
 
     def scratch(self, planes: int, dtype: torch.dtype) -> Tensor:
         """Zeros, for what no program writes must be finite."""
@@ -114,13 +115,15 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, table: Tensor | None,
     line: Tensor | None, rows: Tensor | None, first: Tensor | None, last: Tensor | None, last_bias: Tensor | None,
     key_mask: Tensor | None, scale: float, shift: int, left: int, right: int, negative_slope: float, published: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> out [B, Hq, Lq, Dv] in q's dtype and, where the shapes agree, q's strides; lse [B, Hq, Lq] fp32, natural."""
+    keep_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """-> out [B, Hq, Lq, Dv] in q's dtype and, where the shapes agree, q's strides; lse [B, Hq, Lq] fp32, natural; rest."""
     base = (table, line, rows, first, last, last_bias)
     mixing = Mixing(False, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
     p, grid = mixing.p, mixing.grid
     out = torch.empty_like(q) if p.value_dim == p.head_dim else q.new_empty(*q.shape[:3], p.value_dim)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    rest = torch.empty_like(out) if keep_rest else None
     S = mixing.scratch(p.heads, mixing.stored)
     hidden = mixing.scratch(mixing.units, mixing.stored) if mixing.convolved else None
     sums = torch.empty(*grid.shape(p.heads)[:3], p.value_dim + 2, dtype=torch.float32, device=q.device)
@@ -137,10 +140,10 @@ def forward(
                 mixing.mix(conv_forward, wide, S=S, **more)
             mixing.product(
                 "attend", attend_stored, cell, "v", lambda c: triton.cdiv(cell.m1 - cell.m0, c.block_m),  # noqa: B023
-                S=S[..., cell.n0 - wide.n0 :], V=p.v, OUT=out, LSE=lse, ACC=acc, STATE=state, PAD=p.mask,
+                S=S[..., cell.n0 - wide.n0 :], V=p.v, OUT=out, REST=rest, LSE=lse, ACC=acc, STATE=state, PAD=p.mask,
                 first=int(cell.first), last=int(cell.last), Lq=p.queries, p_b=p.mask_stride, **strides(v=p.v, o=out),
             )  # fmt: skip
-    return out, lse
+    return out, lse, rest
 
 
 class Sums:
@@ -193,7 +196,7 @@ class Sums:
             rows = cell.m1 - cell.m0
             self.rows[cell.m0 : cell.m1] += self.row_part[: cell.batch * along_keys, :rows].sum(0)
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self, db2: Tensor) -> list[Tensor]:
         """dw1, db1, dw2, db2, dtable, dline, drows, dfirst, dlast, dlast_bias; empty where there is none."""
         mixing = self.mixing
         H, HIDDEN, FIRE, taps = mixing.heads, mixing.units, mixing.fire, mixing.taps
@@ -201,7 +204,7 @@ class Sums:
         parts = self.part.sum(0).split(self.parts)
         dw1 = parts[0].view(taps, -1, heads, units)[:, :, :H, :HIDDEN].permute(3, 1, 2, 0).reshape(HIDDEN, -1, taps)
         dw2 = parts[2].view(taps, heads, units)[:, :H, :HIDDEN].permute(1, 2, 0)
-        made = [dw1, parts[1][:HIDDEN], dw2, parts[3][:H]]
+        made = [dw1, parts[1][:HIDDEN], dw2, db2]
         if mixing.base == 1:
             made.append(self.offsets)
         if mixing.base == 2:
@@ -212,8 +215,8 @@ class Sums:
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, w1: Tensor,
-    b1: Tensor, w2: Tensor, b2: Tensor, *, table: Tensor | None, line: Tensor | None, rows: Tensor | None,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: Tensor,
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, table: Tensor | None, line: Tensor | None, rows: Tensor | None,
     first: Tensor | None, last: Tensor | None, last_bias: Tensor | None, key_mask: Tensor | None, scale: float,
     shift: int, left: int, right: int, negative_slope: float, published: bool, need_q: bool, need_kv: bool,
     need_weights: bool, need_base: bool,
@@ -222,14 +225,14 @@ def backward(
     base = (table, line, rows, first, last, last_bias)
     mixing = Mixing(True, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
     p, grid = mixing.p, mixing.grid
-    do, out = rows_contiguous(grad_out), rows_contiguous(out)
+    do, out, rest = rows_contiguous(grad_out), rows_contiguous(out), rows_contiguous(rest)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    p.launch(
-        "rows", attend_backward_rows, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, DO=do, LSE=lse,
-        DLSE=None if grad_lse is None else grad_lse.contiguous(), LSE2=lse2, DELTA=delta, DQ=None, rule=p.rule,
-        scale=scale, scale2=p.scale2, LOOP=False, **strides(q=p.q, k=p.k, v=p.v, o=out, do=do, dq=p.q),
-    )  # fmt: skip
-
+    with mixing.device():
+        row_sums[triton.cdiv(p.queries, 64), p.batch * p.heads](
+            out, rest if rest.numel() else None, do, lse, grad_lse, lse2, delta, p.queries, p.heads, **strides(o=out, do=do),
+            DV=p.value_dim, VALUE_DIM=padded(p.value_dim), BLOCK_M=64,
+        )  # fmt: skip
     cells = list(grid.cells())
     dq = torch.empty_like(q) if need_q else q.new_empty(0)
     dk, dv = (torch.empty_like(t) if need_kv else t.new_empty(0) for t in (k, v))
@@ -237,13 +240,15 @@ def backward(
     once = grid.rows >= p.queries and sum(cell.keys for cell in cells if cell.b0 == 0) >= p.keys
     sum_k, sum_v, sum_q = dk, dv, dq
     if need_kv and not once:
-        sum_k, sum_v = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
+        sum_k, sum_v = (
+            t.zero_() if t.dtype == torch.float32 else torch.zeros_like(t, dtype=torch.float32) for t in (dk, dv)
+        )
     waits = not all(cell.first and cell.last for cell in cells)
     if need_q and waits:
         sum_q = torch.empty(*grid.shape(p.heads)[:3], p.head_dim, dtype=torch.float32, device=q.device)
     S, X = mixing.scratch(p.heads, mixing.stored), mixing.scratch(p.heads, q.dtype)
-    if mixing.convolved:
-        P, hidden = mixing.scratch(p.heads, q.dtype), mixing.scratch(mixing.units, mixing.stored)
+    weights = mixing.scratch(p.heads, q.dtype) if mixing.convolved else X
+    hidden = mixing.scratch(mixing.units, mixing.stored) if mixing.convolved else None
     sums = Sums(mixing, [cell.wider(grid.margin, p.keys) for cell in cells])
     with mixing.device():
         for cell in cells:
@@ -252,24 +257,24 @@ def backward(
             # Products read whole tiles, so pairs near the visible ones must hold zeros.
             more = dict(margin=256, **mixing.pairwise(cell))
             if not mixing.convolved:
-                DS, P = S.view(q.dtype), X
+                DS = S.view(q.dtype)
                 mixing.mix(mix_backward, cell, S=S, DS=DS, X=X, LSE2=lse2, **more, **sums.arguments(), **sums.to_bias())
             else:
                 DS, DU = X, hidden.view(q.dtype)
                 more.update(own0=cell.n0, own1=cell.n0 + cell.keys)
                 mixing.mix(conv_hidden, wide, S=S, ACT=hidden, margin=256, **mixing.pairwise(cell))
-                mixing.mix(conv_softmax_backward, wide, S=S, X=X, P=P, ACT=hidden, LSE2=lse2, **more, **sums.arguments(2))
+                mixing.mix(conv_softmax_backward, wide, S=S, X=X, P=weights, ACT=hidden, LSE2=lse2, **more, **sums.arguments(2))
                 mixing.mix(conv_hidden_backward, wide, S=S, DL=X, ACT=hidden, DU=DU, **more, **sums.arguments(0))
                 mixing.mix(
                     conv_scores_backward, wide, DL=X, DU=DU, **more, **sums.arguments(4), **sums.to_bias(),
                 )  # fmt: skip
             sums.add(wide)
-            DS, P = (t[..., cell.n0 - wide.n0 :] for t in (DS, P))
+            own = slice(cell.n0 - wide.n0, None)
             if need_q:
                 into = sum_q[cell.b0 :] if sum_q is dq else sum_q
                 mixing.product(
                     "stored rows", stored_rows, cell, "k", lambda c: triton.cdiv(cell.m1 - cell.m0, c.block_m),  # noqa: B023
-                    DS=DS, K=p.k, DQ=into, first=int(cell.first), scale=scale, dq_row=0 if sum_q is dq else cell.m0,
+                    DS=DS[..., own], K=p.k, DQ=into, first=int(cell.first), scale=scale, dq_row=0 if sum_q is dq else cell.m0,
                     **strides(k=p.k, dq=into),
                 )  # fmt: skip
                 if waits and cell.last:
@@ -278,10 +283,12 @@ def backward(
             if need_kv:
                 mixing.product(
                     "stored columns", stored_columns, cell, "kv", lambda c: triton.cdiv(cell.keys, c.block_n),  # noqa: B023
-                    DS=DS, P=P, Q=p.q, DO=do, DK=sum_k, DV_OUT=sum_v, add=int(not once), scale=scale,
+                    DS=DS[..., own], P=weights[..., own], Q=p.q, DO=do, DK=sum_k, DV_OUT=sum_v, add=int(not once), scale=scale,
                     **strides(q=p.q, do=do, dk=sum_k, dv=sum_v),
                 )  # fmt: skip
-    if need_kv and not once:
+    if sum_k is not dk:
         dk.copy_(sum_k)
         dv.copy_(sum_v)
-    return dq, dk, dv, *sums.gradients()
+    # b2 moves the logits of a row alike, hence lse and nothing else: no noise of rounding for an optimiser to follow.
+    db2 = torch.zeros_like(b2) if grad_lse is None else grad_lse.masked_fill(lse == -math.inf, 0.0).sum((0, 2))
+    return dq, dk, dv, *sums.gradients(db2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import DEAD, HIDDEN, LN2, LOG2E, load_columns, load_rows, store_rows
+from .tile import DEAD, HIDDEN, LN2, LOG2E, load_columns, load_lse, load_rows, store_rows
 
 
 @triton.jit
@@ -67,13 +67,13 @@ def store_scores(
 
 @triton.jit(do_not_specialize=["Lk", "low", "high", "m0", "m1", "n0", "b0", "H", "GROUP", "first", "last"])
 def attend_stored(
-    S, V, OUT, LSE, ACC, STATE, PAD, first, last, Lq, Lk, low, high, m0, m1, n0, KEYS, C, W, b0, H, GROUP,
+    S, V, OUT, REST, LSE, ACC, STATE, PAD, first, last, Lq, Lk, low, high, m0, m1, n0, KEYS, C, W, b0, H, GROUP,
     v_b, v_h, v_l, o_b, o_h, o_l, p_b,
     DV: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Softmax times V over the stored logits; a program owns BLOCK_M rows of a head.
 
-    Between the cells of one row the sums stand in ACC [B H, C, DV] and STATE [2, B H, C]; the last one writes OUT.
+    Between the cells of one row the sums stand in ACC [B H, C, DV] and STATE [2, B H, C]; the last one writes OUT, and to REST what rounding takes from it.
     """
     m = m0 + tl.program_id(0) * BLOCK_M
     bh = tl.program_id(1)
@@ -115,12 +115,39 @@ def attend_stored(
         running_sum = tl.where(alive, running_sum, 1.0)
         acc = tl.where(alive[:, None], acc / running_sum[:, None], 0.0)
         store_rows(OUT + b * o_b + h * o_h, m, o_l, m1, acc, BLOCK_M, VALUE_DIM, DV)
+        if REST is not None:
+            acc -= acc.to(OUT.dtype.element_ty).to(tl.float32)
+            store_rows(REST + b * o_b + h * o_h, m, o_l, m1, acc, BLOCK_M, VALUE_DIM, DV)
         lse = tl.where(alive, (running_max + tl.math.log2(running_sum)) * LN2, -float("inf"))
         tl.store(LSE + (b * H + h) * Lq + i, lse, mask=i < m1)
     else:
         tl.store(state, running_max, mask=i < m1)
         tl.store(state + sums, running_sum, mask=i < m1)
         tl.store(acc_pointers, acc, mask=(i < m1)[:, None] & (d < DV))
+
+
+@triton.jit(do_not_specialize=["Lq", "H"])
+def row_sums(
+    OUT, REST, DO, LSE, DLSE, LSE2, DELTA, Lq, H, o_b, o_h, o_l, do_b, do_h, do_l,
+    DV: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """LSE2 in base 2 and DELTA = rowsum(dO O) - dlse.
+
+    REST makes O exact to fp32: a rounded O moves all gradients of a row's logits the same way, which cancels in dQ and dK
+    but not in what they sum up to for a bias.
+    """
+    m = tl.program_id(0) * BLOCK_M
+    bh = tl.program_id(1)
+    h = (bh % H).to(tl.int64)
+    b = (bh // H).to(tl.int64)
+    i = m + tl.arange(0, BLOCK_M)
+    do = load_rows(DO + b * do_b + h * do_h, m, do_l, Lq, BLOCK_M, VALUE_DIM, DV).to(tl.float32)
+    out = load_rows(OUT + b * o_b + h * o_h, m, o_l, Lq, BLOCK_M, VALUE_DIM, DV).to(tl.float32)
+    if REST is not None:
+        out += load_rows(REST + b * o_b + h * o_h, m, o_l, Lq, BLOCK_M, VALUE_DIM, DV).to(tl.float32)
+    lse, delta = load_lse(LSE, DLSE, tl.sum(do * out, 1), bh, i, Lq)
+    tl.store(LSE2 + bh.to(tl.int64) * Lq + i, lse, mask=i < Lq)
+    tl.store(DELTA + bh.to(tl.int64) * Lq + i, delta, mask=i < Lq)
 
 
 @triton.jit(do_not_specialize=["Lk", "low", "high", "m0", "m1", "n0", "b0", "H", "GROUP", "first"])

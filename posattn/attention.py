@@ -191,6 +191,7 @@ def _mix(
         rule.right,
         network.negative_slope,
         not bias.prefix_consistent,
+        torch.is_grad_enabled(),
         backend,
     )
     return out, lse

@@ -44,8 +44,9 @@ def forward(
     right: int,
     negative_slope: float,
     published: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention and its natural logsumexp."""
+    keep_rest: bool,
+) -> tuple[Tensor, Tensor, None]:
+    """Attention and its natural logsumexp; backward needs no rest of it."""
     dtype = w1.dtype
     value_dim = v.shape[-1]
     out = torch.empty_like(q) if value_dim == q.shape[-1] else q.new_empty((*q.shape[:-1], value_dim))
@@ -72,7 +73,7 @@ def forward(
         dead = total <= DEAD
         block.write(out, part.masked_fill_(dead[..., None], 0.0)[None])
         block.write(lse, total.masked_fill_(dead, -math.inf)[None])
-    return out, lse
+    return out, lse, None
 
 
 @torch.no_grad()
@@ -84,6 +85,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,

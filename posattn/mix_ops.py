@@ -23,12 +23,13 @@ _NUMBERS = "float scale, SymInt shift, SymInt left, SymInt right, float negative
 
 torch.library.define(
     "posattn::mix_forward",
-    f"(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_NUMBERS}, str backend) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_NUMBERS}, bool keep_rest, str backend)"
+    " -> (Tensor out, Tensor lse, Tensor rest)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "posattn::mix_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rest,"
     f" {_TENSORS}, {_NUMBERS}, bool need_q, bool need_kv, bool need_weights, bool need_base, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2,"
     " Tensor dtable, Tensor dline, Tensor drows, Tensor dfirst, Tensor dlast, Tensor dlast_bias)",
@@ -60,8 +61,9 @@ def _forward(
     right: int,
     negative_slope: float,
     published: bool,
+    keep_rest: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention with the scores S = A + base + network([A, base]), A = scale * q.k, and its natural logsumexp.
 
     q (B, Hq, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, Dv). The network is two cross-correlations along the keys
@@ -72,13 +74,14 @@ def _forward(
     negative_slope. All these are fp32 (fp64 with fp64 q). Key j has the offset j - i + shift from query i and
     is visible from -left to right (-1 is open) where key_mask (B, Lk) holds. What is not visible counts as 0
     in the network's input and hidden layer. Published: instead, the keys after the query count as 0 in its
-    input, and the hidden layer is 0 only beyond the keys. out and lse are those of attend_forward.
+    input, and the hidden layer is 0 only beyond the keys. out and lse are those of attend_forward; rest, for
+    backward, is what rounding took from a 16-bit out where Triton made it, if keep_rest, or empty.
     """
     if q.numel() == 0 or k.numel() == 0:
-        out, lse = _empty_outputs(q, v)
-        return out.zero_(), lse.fill_(-math.inf)
+        out, lse, rest = _empty(q, v, keep_rest, backend)
+        return out.zero_(), lse.fill_(-math.inf), rest.zero_()
     with _no_autocast(q.device.type):
-        outputs: tuple[Tensor, Tensor] = _module(backend).forward(
+        outputs: tuple[Tensor, Tensor, Tensor | None] = _module(backend).forward(
             q,
             k,
             v,
@@ -99,8 +102,10 @@ def _forward(
             right=right,
             negative_slope=negative_slope,
             published=published,
+            keep_rest=_has_rest(q, keep_rest, backend),
         )
-    return outputs
+    out, lse, found = outputs
+    return out, lse, q.new_empty(0) if found is None else found
 
 
 @torch.library.impl("posattn::mix_backward", "default")
@@ -112,6 +117,7 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
@@ -149,6 +155,7 @@ def _backward(
             v,
             out,
             lse,
+            rest,
             w1,
             b1,
             w2,
@@ -180,13 +187,22 @@ def _backward(
 
 
 @torch.library.register_fake("posattn::mix_forward")  # type: ignore[untyped-decorator]
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v)
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q, v, *others[-2:])
 
 
 @torch.library.register_fake("posattn::mix_backward")  # type: ignore[untyped-decorator]
 def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
-    return _empty_gradients((q, k, v, *rest[2:12]), rest[-5:-1])
+    return _empty_gradients((q, k, v, *rest[3:13]), rest[-5:-1])
+
+
+def _has_rest(q: Tensor, keep_rest: bool, backend: str) -> bool:
+    return keep_rest and backend == "triton" and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def _empty(q: Tensor, v: Tensor, keep_rest: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _empty_outputs(q, v)
+    return out, lse, torch.empty_like(out) if _has_rest(q, keep_rest, backend) else q.new_empty(0)
 
 
 def _each(need: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -227,17 +243,17 @@ class Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         """The arguments of mix_forward."""
-        out, lse = mix_forward(*args)
+        out, lse, rest = mix_forward(*args)
         q, k, v, *others = args[:14]
-        ctx.save_for_backward(q, k, v, out, lse, *others)
-        ctx.rule, ctx.backend = args[14:20], args[20]
+        ctx.save_for_backward(q, k, v, out, lse, rest, *others)
+        ctx.rule, ctx.backend = args[14:20], args[21]
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:13]
-        nothing = (None,) * 8  # for the arguments after last_bias
+        nothing = (None,) * 9  # for the arguments after last_bias
         if grad_out is None and grad_lse is None:
             return *(None,) * 13, *nothing
         saved = ctx.saved_tensors

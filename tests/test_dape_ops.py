@@ -30,7 +30,7 @@ def operator_arguments(case: Case, backend: str) -> tuple:
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     tensors = [t if t is None else t.detach().to(device) for t in tensors]
     rule = (0.3, -case.query_start, -1, 0 if case.causal else -1, network.negative_slope, case.published)
-    return (*tensors, *rule, backend)
+    return (*tensors, *rule, True, backend)
 
 
 EVERYTHING = (True,) * 4
@@ -47,12 +47,12 @@ OPCHECKS = [
 def test_opcheck(backend, case, need):
     arguments = operator_arguments(case, backend)
     torch.library.opcheck(mix_ops.mix_forward, arguments)
-    out, lse = mix_ops.mix_forward(*arguments)
+    out, lse, rest = mix_ops.mix_forward(*arguments)
     grads = (torch.randn_like(out), torch.randn_like(lse) if case.causal else None)
-    arguments = (*grads, *arguments[:3], out, lse, *arguments[3:20], *need, backend)
+    arguments = (*grads, *arguments[:3], out, lse, rest, *arguments[3:20], *need, backend)
     torch.library.opcheck(mix_ops.mix_backward, arguments)
     groups = (*need[:1], need[1], need[1], *[need[2]] * 4, *[need[3]] * 6)
-    likes = (*arguments[2:5], *arguments[7:17])
+    likes = (*arguments[2:5], *arguments[8:18])
     for grad, like, needed in zip(mix_ops.mix_backward(*arguments), likes, groups):
         assert grad.shape == (like.shape if needed and like is not None else (0,))
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gate, gate_numerics
+from bench import gate, gate_mixing, gate_numerics
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
 SMALLEST = gate_numerics.Case(torch.float32, 16, "T5", "more queries than keys, causal")
@@ -28,12 +28,18 @@ def test_rehearsal_passes(tmp_path, capsys):
     rows = report["numerics"]["rows"]
     assert len(rows) == len(list(gate_numerics.rehearsal()))
     assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
+    rows = report["mixing"]["rows"]
+    assert len(rows) == len(list(gate_mixing.rehearsal()))
+    assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
+    assert all(row["relative"] for row in rows)
     assert not report["failures"]
 
 
 def test_the_budget_stops_it(capsys):
     assert gate.main(["--interpret", "--budget", "0"]) == 0
-    assert "not reached in the budget, numerics" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not reached in the budget, numerics" in printed
+    assert "not reached in the budget, mixing" in printed
 
 
 @pytest.mark.parametrize("output", ["lse", "dq", "dv", "dparameter0"])
@@ -55,7 +61,7 @@ def test_a_nan_and_an_error_fail(monkeypatch, capsys):
     assert "dq" in gate_numerics.check(SMALLEST, torch.device("cpu"), rehearse=True)["failed"]
     monkeypatch.setattr(gate_numerics, "rehearsal", lambda: iter([SMALLEST]))
     monkeypatch.setattr(gate_numerics, "attend", lambda *x: 1 // 0)
-    assert gate.main(["--interpret"]) == 1
+    assert gate.main(["--interpret", "--part", "attention"]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
 
 
@@ -99,4 +105,17 @@ def test_the_report_of_a_gpu_run(monkeypatch, tmp_path, capsys):
     assert json.loads(path.read_text("utf-8"))["failures"] == ["N 4096: too much"]
     # What the table has no row for is not asked for; all that it has a row for is asked for early.
     rows = {key[2:] for key in configs.CONFIGS if key[0] == "sm_90"}
-    assert {gate.bits_and_width(case) for case in ran} == {gate.bits_and_width(case) for case in ran[:20]} == rows
+    assert {gate.bits_and_width(case) for case in ran} == {gate.bits_and_width(case) for case in ran[:14]} == rows
+    # DAPE stands between the first cases and the mixed ones; nothing else has moved.
+    mixing = [case for case in ran if isinstance(case, gate_mixing.Case)]
+    assert ran.index(mixing[0]) == len(gate.served(list(gate_numerics.first_cases()), torch.device("cpu"))) == 14
+    others = [case for case in ran if case not in mixing]
+    assert others == gate.served(list(gate_numerics.cases()), torch.device("cpu"))
+    report = json.loads(path.read_text("utf-8"))
+    assert [len(report[part]["rows"]) for part in ("numerics", "mixing")] == [10, 5]
+
+    ran.clear()
+    assert gate.main(["--part", "mixing", "--cases", "1::4"]) == 0
+    assert ran == mixing[1::4]
+    (path,) = tmp_path.glob("gate-mixing-NVIDIA-H200-torch*.json")
+    assert "speed" not in json.loads(path.read_text("utf-8"))

@@ -33,8 +33,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "H 16, 32 units, FIRE": (16, 32, 32),
     "H 32, 64 units": (32, 64, 0),
     "H 64, 32 units, FIRE": (64, 32, 32),
+    "H 64, 64 units, FIRE": (64, 64, 32),
     "H 64, 128 units": (64, 128, 0),
-    "H 64, 128 units, FIRE": (64, 128, 32),
 }
 LENGTH = 8192
 
@@ -70,9 +70,9 @@ def launches(
     try:
         if backward:
             need = dict.fromkeys(("need_q", "need_kv", "need_weights", "need_base"), True)
-            mix_launch.backward(out, None, q, k, v, out, empty(1, heads, length), *weights, **call, **need)
+            mix_launch.backward(out, None, q, k, v, out, empty(1, heads, length), out, *weights, **call, **need)
         else:
-            mix_launch.forward(q, k, v, *weights, **call)
+            mix_launch.forward(q, k, v, *weights, **call, keep_rest=bits == 16)
     finally:
         configs.arch, mix_configs.arch, triton.runtime.JITFunction.run = kept
     yield from made
@@ -94,8 +94,9 @@ def compile_and_count(chip: str, name: str, bits: int, width: int, rule: str) ->
     found = launches(chip, bits, taps=3 if name.startswith("conv") else 1, backward=backward, **sizes)
     kernel, arguments = next((k, a) for k, a in found if k.__name__ == name)
     block_m, block_n = arguments.get("BLOCK_M", 1), arguments["BLOCK_N"]
-    row = dict(chip=chip, direction=name, bits=bits, width=width, rule=rule, row=direction, block_m=block_m, block_n=block_n)
-    row.update(num_warps=arguments["num_warps"], num_stages=arguments["num_stages"], precision=arguments["PRECISION"])
+    row = dict(chip=chip, direction=name, bits=bits, width=width, rule=rule, row=direction)
+    row.update(block_m=block_m, block_n=block_n, num_warps=arguments["num_warps"])
+    row.update(num_stages=arguments["num_stages"], precision=arguments["PRECISION"])
     try:
         return {**row, **count(chip, compiled(chip, kernel, arguments), block_m * block_n)}
     except Exception as error:
@@ -118,6 +119,8 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
                 continue
             by_row: dict[int, list[str]] = {}
             for rule, size in SIZES.items():
+                if sum(size) > max(rows):
+                    continue
                 by_row.setdefault(min(limit for limit in rows if limit >= sum(size)), []).append(rule)
             for width, rules in by_row.items():
                 chosen = rules if everything or (chip, bits) == ("sm_90", 16) else rules[-1:]
@@ -128,13 +131,14 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
 # ----------------------------------------------------------------------------------------------- the prediction
 
 
-def bytes_moved(name: str, heads: int, dim: int) -> float:
-    """Per pair of positions, by the scratch and by keys and values that are read again for every 128 rows."""
-    again = 2 * dim * heads * 2 / 128
+def bytes_moved(name: str, heads: int, dim: int, rows: int, keys: int) -> float:
+    """Per pair of positions, in cells of rows x keys: scratch, and fp32 sums from cell to cell. The rest is in L2."""
+    item = 2 * heads
+    sums = 8 * heads * dim  # read and written
     return {
-        "store_scores": 2 * heads + again, "store_scores backward": 4 * heads + 2 * again, "mix_forward": 4 * heads,
-        "attend_stored": 2 * heads + again, "mix_backward": 8 * heads, "stored_rows": 2 * heads + again,
-        "stored_columns": 4 * heads + 2 * again,
+        "store_scores": item, "store_scores backward": 2 * item, "mix_forward": 2 * item,
+        "attend_stored": item + sums / keys, "mix_backward": 4 * item, "stored_rows": item + sums / keys,
+        "stored_columns": 2 * item + 2 * sums / rows,
     }[name]  # fmt: skip
 
 
@@ -153,7 +157,7 @@ def predict(heads: int, dim: int, chip: str = "sm_90") -> list[dict[str, Any]]:
             found = count(chip, compiled(chip, kernel, arguments), tile)
             lanes = found["per_score"] * (heads if name in BY_HEAD_DIM else 1)
             key = name + (" backward" if backward and name == "store_scores" else "")
-            moved = bytes_moved(key, heads, dim)
+            moved = bytes_moved(key, heads, dim, arguments["C"], arguments["W"])
             # 132 multiprocessors issue 128 lanes a clock at 1.755 GHz; 4.3 TB/s.
             issue, memory = pairs * lanes / (132 * 128 * 1.755e9) * 1e3, pairs * moved / 4.3e12 * 1e3
             rows.append(dict(kernel=key, backward=backward, lanes=lanes, bytes=moved, issue_ms=issue, memory_ms=memory))
@@ -163,8 +167,8 @@ def predict(heads: int, dim: int, chip: str = "sm_90") -> list[dict[str, Any]]:
 def prediction(sizes: list[tuple[int, int]] | None = None) -> str:
     """The table for a reader; floors are those of the products alone at 790 TFLOP/s."""
     lines = [
-        "DAPE, predicted for an H200, not measured: causal, N 8192, B 1, bf16, 32 hidden units, KERPLE. A kernel takes the",
-        "longer of its instructions (lanes a pair of positions) and its bytes (a pair); the floor is that of the products.",
+        "DAPE, predicted for an H200, not measured: causal, N 8192, B 1, bf16, 32 hidden units, KERPLE. A kernel",
+        "takes the longer of its instructions (lanes a pair of positions) and its bytes; the floor is that of products.",
         "  H   D  direction  kernel                    lanes  bytes   issue  memory    sum ms   floor ms",
     ]
     for heads, dim in sizes or [(h, d) for h in (8, 12, 16, 32) for d in (64, 128)]:
@@ -176,7 +180,8 @@ def prediction(sizes: list[tuple[int, int]] | None = None) -> str:
             flop = 10 * heads * dim + 384 * padded if backward else 4 * heads * dim + 128 * padded
             floor = LENGTH * (LENGTH + 1) / 2 * flop / 790e12 * 1e3
             for n, row in enumerate(mine):
-                line = f"{heads:3} {dim:3}  {'backward' if backward else 'forward':9}  {row['kernel']:22} {row['lanes']:8.0f}"
+                way = "backward" if backward else "forward"
+                line = f"{heads:3} {dim:3}  {way:9}  {row['kernel']:22} {row['lanes']:8.0f}"
                 line += f" {row['bytes']:6.0f} {row['issue_ms']:7.2f} {row['memory_ms']:7.2f}"
                 lines.append(line + (f"  {total:8.2f}  {floor:9.2f}" if n == len(mine) - 1 else ""))
     return "\n".join(lines)

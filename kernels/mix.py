@@ -2,12 +2,12 @@
 
     l = s + B + W2 lrelu(W1 [s; B] + b1) + b2        s, B, l: one number a head; slope 0.01
 
-A cell of the matrix, rows m0 .. m1 - 1 and KEYS keys from n0 on, of all heads, stands in a scratch [B, H, C, W] (pair (i, j)
-at row i - m0, column j - n0). A program turns scores into logits in place: pairs are the rows of its products, heads
-and hidden units their columns. It takes BLOCK_N pairs of a row at a time, then the row 8 below, 8 keys further on: the
-offset j - i of each of its pairs never changes. So the bias, and what it adds to the hidden layer, is computed once a
-program; so its gradient is a sum in registers; and steps of 8 keep 16 bytes aligned. Programs of 8 neighbouring first
-rows make up the whole.
+A cell of the matrix, rows m0 .. m1 - 1 and KEYS keys from n0 on, of all heads, stands in a scratch [B, H, C, W], pair
+(i, j) at row i - m0, column j - n0. A program turns scores into logits in place: pairs are the rows of its products,
+heads and hidden units their columns. It takes BLOCK_N pairs of a row at a time, then the row 8 below, 8 keys further
+on: the offset j - i of each of its pairs never changes. So the bias, and what it adds to the hidden layer, is computed
+once a program; so its gradient is a sum in registers; and steps of 8 keep 16 bytes aligned. Programs of 8 neighbouring
+first rows make up the whole.
 
 A bias that is not of the offset alone is FIRE's: B = LAST lrelu(FIRST x) + c, x = LINE[j - i] * ROWS[i].
 """

@@ -2,9 +2,9 @@
 
     p = exp(l - lse)    dl = p x, x = dP - delta    du = lrelu'(u) W2^T dl    ds = dl + W1s^T du    dB = dl + W1b^T du
 
-A program turns a cell's x into p, and its scores S into ds (DS is the same memory), in place. What pairs sum up to, it keeps: the weights' gradients
-in PART [programs, parts], added to from cell to cell; the bias's in STRIPS [copies, H, width], by offset, which
-`add_strips` adds to the table. No sum depends on the order in which programs run.
+A program turns a cell's x into p, and its scores S into ds (DS is the same memory), in place. What pairs sum up to, it
+keeps: the weights' gradients in PART [programs, parts], added to from cell to cell; the bias's in STRIPS [copies, H,
+width], by offset, which `add_strips` adds to the table. No sum depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -166,9 +166,12 @@ def mix_backward(
                 dbase_sum += dbase
                 dbase_in = dbase.to(GRAD)
                 dw1_base = tl.dot(tl.trans(base.to(GRAD)), du_in, dw1_base, input_precision=PRECISION)
-                dlast, dfirst, dx = fire_gradient(dbase_in, f, position, first_weight, last_back, dlast, dfirst, fire_slope, PRECISION)
+                dlast, dfirst, dx = fire_gradient(
+                    dbase_in, f, position, first_weight, last_back, dlast, dfirst, fire_slope, PRECISION
+                )
                 dline += dx * row_scale
-                tl.store(DROWS + (slot * blocks + pid // STEP % blocks).to(tl.int64) * r_x + i - m0, tl.sum(dx * line, 0))
+                own_row = DROWS + (slot * blocks + pid // STEP % blocks).to(tl.int64) * r_x
+                tl.store(own_row + row + r * STEP, tl.sum(dx * line, 0))
             tl.store(pointers, tl.trans(p).to(GRAD), mask=inside)
             pointers, inside = cell_tile(DS, row + r * STEP, column + r * STEP, KEYS, C, W, H, HEADS, BLOCK_N)
             tl.store(pointers, tl.trans(ds).to(GRAD), mask=inside)
@@ -194,7 +197,9 @@ def mix_backward(
 
 
 @triton.jit(do_not_specialize=["Lq", "length", "m0", "n0", "RUN", "copies", "rows"])
-def add_strips(STRIPS, TABLE, Lq, length, m0, n0, KEYS, RUN, copies, rows, t_h, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
+def add_strips(
+    STRIPS, TABLE, Lq, length, m0, n0, KEYS, RUN, copies, rows, t_h, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """TABLE[h, j - i + Lq - 1] += what the programs of one cell found at j - i, copy by copy in their order.
 
     `rows` copies, one for each first row of a program, stand for each entry of the batch.

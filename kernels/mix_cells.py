@@ -38,13 +38,13 @@ class Grid:
     `beyond` keys after the last visible one count too: hidden units of the published form that later keys have.
     """
 
-    def __init__(self, p: Problem, bytes_per_pair: int, margin: int, beyond: int):
+    def __init__(self, p: Problem, bytes_per_pair: int, margin: int, beyond: int, tall: bool):
         self.p, self.margin, self.beyond = p, margin, beyond
         pairs = SCRATCH // bytes_per_pair
         queries, keys = round_up(p.queries, 16), round_up(p.keys, 16)
-        # Square cells: what a row of cells and a column of cells add up costs the same.
-        side = max(GRAIN, math.isqrt(pairs // 2) // GRAIN * GRAIN)
-        self.rows = min(queries, max(side, pairs // (keys + 2 * margin) // GRAIN * GRAIN))
+        # What is added up in fp32 from cell to cell is moved once for so many rows (dK, dV) or keys (dQ; forward, out).
+        side = math.isqrt(pairs * 3 // 2 if tall else pairs // 2) // GRAIN * GRAIN
+        self.rows = min(queries, max(GRAIN, side, pairs // (keys + 2 * margin) // GRAIN * GRAIN))
         self.step = min(keys, max(GRAIN, (pairs // self.rows - 2 * margin) // GRAIN * GRAIN))
         self.width = self.step + 2 * margin
         self.batch = max(1, min(p.batch, pairs // (self.rows * self.width)))
@@ -53,7 +53,7 @@ class Grid:
         return self.batch, planes, self.rows, self.width
 
     def cells(self) -> Iterator[Cell]:
-        """Every cell that holds a visible pair, row by row; rows that see none have one, so that someone writes them."""
+        """Every cell that holds a visible pair, row by row; rows that see none have one, so that they are written."""
         p = self.p
         for b0 in range(0, p.batch, self.batch):
             batch = min(self.batch, p.batch - b0)

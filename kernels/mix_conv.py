@@ -2,9 +2,9 @@
 
     u(j) = b1 + sum_t W1[t] z(j + t - K//2)    a = lrelu(u)    l(j) = s + B + b2 + sum_t W2[t] a(j + t - K//2)
 
-z is the scores and the bias of all heads at a pair. Hidden units are stored beside the scores, ACT [B, HIDDEN, C, W], so
-that each layer reads its neighbours from there, and each kernel changes in place only what it alone reads. Where a query
-does not see a key, z and a are zero; PUBLISHED is the paper's form, in which z is zero in the future only and a never.
+z is the scores and the bias of all heads at a pair. Hidden units are stored beside the scores, ACT [B, HIDDEN, C, W],
+so that each layer reads its neighbours from there, and each kernel changes in place only what it alone reads. Where a
+query does not see a key, z and a are zero; PUBLISHED is the paper's form: z is zero in the future only, and a never.
 A cell has MARGIN columns more on either side than those it is made for, which is enough for K = 7; what they get is
 not used.
 """
@@ -58,14 +58,17 @@ def taken_up(x, j, low, high, Lk, PAD, PUBLISHED: tl.constexpr):
 
 
 @triton.jit
-def bias_at(x, row_scale, TABLE, LINE, FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, t_h, H: tl.constexpr, FIRE: tl.constexpr,
-            BASE: tl.constexpr, HEADS: tl.constexpr, FIRE_UNITS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def bias_at(
+    x, row_scale, TABLE, LINE, FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, t_h, H: tl.constexpr, FIRE: tl.constexpr,
+    BASE: tl.constexpr, HEADS: tl.constexpr, FIRE_UNITS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The bias of all heads at offsets x, [BLOCK_N, HEADS] fp32."""
     if BASE == TABLE_BASE:
         return table_strip(TABLE, t_h, Lq + Lk - 1, x + (Lq - 1), H, HEADS)
     else:
         position = line_strip(LINE, Lq + Lk - 1, x + (Lq - 1)) * row_scale
-        v = position[:, None] * vector(FIRST, FIRE_UNITS, FIRE)[None, :] + vector(FIRST + FIRE, FIRE_UNITS, FIRE)[None, :]
+        v = position[:, None] * vector(FIRST, FIRE_UNITS, FIRE)[None, :]
+        v += vector(FIRST + FIRE, FIRE_UNITS, FIRE)[None, :]
         last = matrix(LAST, FIRE_UNITS, HEADS, FIRE, H, 1, FIRE).to(DTYPE)
         out = tl.dot(leaky(v, fire_slope).to(DTYPE), last, input_precision=PRECISION)
         return out + vector(LAST_BIAS, HEADS, H)[None, :]
@@ -115,8 +118,10 @@ def conv_hidden(
             w1 = matrix(W1 + t, HEADS, UNITS, H, HIDDEN, K, CHANNELS * K).to(DTYPE)
             u = tl.dot(tl.where(use, s, 0.0).to(DTYPE), w1, u, input_precision=PRECISION)
             if BASE != NO_BASE:
-                base = bias_at(x0 + near + lanes, row_scale, TABLE, LINE, FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, t_h,
-                               H, FIRE, BASE, HEADS, FIRE_UNITS, DTYPE, PRECISION)  # fmt: skip
+                base = bias_at(
+                    x0 + near + lanes, row_scale, TABLE, LINE, FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, t_h, H, FIRE,
+                    BASE, HEADS, FIRE_UNITS, DTYPE, PRECISION,
+                )  # fmt: skip
                 w1 = matrix(W1 + H * K + t, HEADS, UNITS, H, HIDDEN, K, CHANNELS * K).to(DTYPE)
                 u = tl.dot(tl.where(use, base, 0.0).to(DTYPE), w1, u, input_precision=PRECISION)
         if PUBLISHED:
@@ -166,9 +171,11 @@ def conv_forward(
         row_scale = 1.0
         if BASE == FIRE_BASE:
             row_scale = tl.load(ROWS + m0 + row + r * STEP)
-        l = conv_logits(S, ACT, row + r * STEP, column + r * STEP, x0 + tl.arange(0, BLOCK_N), row_scale, W2, B2, TABLE, LINE,
-                        FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, KEYS, C, W, t_h, H, HIDDEN, FIRE, BASE, HEADS, UNITS,
-                        FIRE_UNITS, BLOCK_N, PRECISION, K)  # fmt: skip
+        l = conv_logits(
+            S, ACT, row + r * STEP, column + r * STEP, x0 + tl.arange(0, BLOCK_N), row_scale, W2, B2, TABLE, LINE,
+            FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, KEYS, C, W, t_h, H, HIDDEN, FIRE, BASE, HEADS, UNITS,
+            FIRE_UNITS, BLOCK_N, PRECISION, K,
+        )  # fmt: skip
         pointers, inside = cell_tile(S, row + r * STEP, column + r * STEP, KEYS, C, W, H, HEADS, BLOCK_N)
         tl.store(pointers, tl.trans(l).to(S.dtype.element_ty), mask=inside)
 
@@ -205,9 +212,11 @@ def conv_softmax_backward(
         row_scale = 1.0
         if BASE == FIRE_BASE:
             row_scale = tl.load(ROWS + i)
-        l = conv_logits(S, ACT, row + r * STEP, column + r * STEP, x0 + lanes, row_scale, W2, B2, TABLE, LINE, FIRST, LAST,
-                        LAST_BIAS, fire_slope, Lq, Lk, KEYS, C, W, t_h, H, HIDDEN, FIRE, BASE, HEADS, UNITS, FIRE_UNITS,
-                        BLOCK_N, PRECISION, K)  # fmt: skip
+        l = conv_logits(
+            S, ACT, row + r * STEP, column + r * STEP, x0 + lanes, row_scale, W2, B2, TABLE, LINE, FIRST, LAST,
+            LAST_BIAS, fire_slope, Lq, Lk, KEYS, C, W, t_h, H, HIDDEN, FIRE, BASE, HEADS, UNITS, FIRE_UNITS, BLOCK_N,
+            PRECISION, K,
+        )  # fmt: skip
         lse = tl.load(LSE2 + (b * H + heads) * Lq + i, mask=heads < H, other=0.0)
         ok = seen(x0 + lanes, j, low, high, Lk, PAD)[:, None] & (heads < H)[None, :]
         p = tl.where(ok, tl.math.exp2(l * LOG2E - lse[None, :]), 0.0)
@@ -222,5 +231,6 @@ def conv_softmax_backward(
         db2 += dl
         for t in tl.static_range(K):
             a = shifted(ACT, row + r * STEP, column + r * STEP, t - K // 2, KEYS, C, W, HIDDEN, UNITS, BLOCK_N)
-            add_to(part + t * HEADS * UNITS, tl.dot(tl.trans(dl.to(GRAD)), a.to(GRAD), input_precision=PRECISION), HEADS, UNITS)
+            dw2 = tl.dot(tl.trans(dl.to(GRAD)), a.to(GRAD), input_precision=PRECISION)
+            add_to(part + t * HEADS * UNITS, dw2, HEADS, UNITS)
     add_to(part + K * HEADS * UNITS, tl.sum(db2, 0)[None, :], 1, HEADS)

@@ -79,8 +79,10 @@ def conv_hidden_backward(
             into = part + t * PLANES * HEADS * UNITS
             into = add_to(into, tl.dot(tl.trans(s), du_in, input_precision=PRECISION), HEADS, UNITS)
             if BASE != NO_BASE:
-                base = bias_at(x0 + near + lanes, row_scale, TABLE, LINE, FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, t_h,
-                               H, FIRE, BASE, HEADS, FIRE_UNITS, DTYPE, PRECISION)  # fmt: skip
+                base = bias_at(
+                    x0 + near + lanes, row_scale, TABLE, LINE, FIRST, LAST, LAST_BIAS, fire_slope, Lq, Lk, t_h, H, FIRE,
+                    BASE, HEADS, FIRE_UNITS, DTYPE, PRECISION,
+                )  # fmt: skip
                 base = tl.where(use, base, 0.0).to(GRAD)
                 add_to(into, tl.dot(tl.trans(base), du_in, input_precision=PRECISION), HEADS, UNITS)
     add_to(part + K * PLANES * HEADS * UNITS, tl.sum(db1, 0)[None, :], 1, UNITS)
@@ -94,7 +96,7 @@ def conv_scores_backward(
     HEADS: tl.constexpr, UNITS: tl.constexpr, FIRE_UNITS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, PUBLISHED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """DL = dl becomes ds, in place; the bias's gradient goes to STRIPS as in mix_backward.py, FIRE's weights' to PART."""
+    """DL = dl becomes ds, in place; the bias's gradient goes to STRIPS as in mix_backward.py, FIRE's to PART."""
     row, column, start, stop = walk(m1 - m0, KEYS, RUN, BLOCK_N)
     x0 = n0 + column - m0 - row
     stop = tl.where((x0 <= high + margin) & (x0 + BLOCK_N > low - margin), stop, 0)
@@ -147,7 +149,9 @@ def conv_scores_backward(
             row_scale = tl.load(ROWS + i)
             position = line * row_scale
             f = leaky(position[:, None] * first_weight + first_bias, fire_slope).to(GRAD)
-            dlast, dfirst, dx = fire_gradient(dbase.to(GRAD), f, position, first_weight, last_back, dlast, dfirst, fire_slope, PRECISION)
+            dlast, dfirst, dx = fire_gradient(
+                dbase.to(GRAD), f, position, first_weight, last_back, dlast, dfirst, fire_slope, PRECISION
+            )
             dline += dx * row_scale
             tl.store(DROWS + (slot * blocks + pid // STEP % blocks) * r_x + row + r * STEP, tl.sum(dx * line, 0))
     if BASE == TABLE_BASE:

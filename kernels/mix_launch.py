@@ -1,9 +1,9 @@
 """DAPE from tensors to kernels: `forward` and `backward`, cell after cell (mix_cells.py).
 
-Forward, each cell: its scores are stored (mix_products.py), turned into logits in place (mix.py, mix_conv.py), and weigh
-V; the sums of a row wait in fp32 for its next cell. Backward makes the scores again. 16-bit tensors have their scores
-stored in fp16, not bf16: a score of 10 is kept to 0.005; gradients are stored in the tensors' own dtype. dK and dV are
-added up in fp32 where several rows of cells add to them. Arguments are those of posattn/mix_ops.py, taken as checked.
+Forward, each cell: its scores are stored (mix_products.py), turned into logits in place (mix.py, mix_conv.py), and
+weigh V; the sums of a row wait in fp32 for its next cell. Backward makes the scores again. 16-bit tensors have their
+scores stored in fp16, not bf16: a score of 10 is kept to 0.005; gradients are stored in the tensors' own dtype. dK and
+dV are added up in fp32 where several rows of cells add to them. Arguments are those of posattn/mix_ops.py, taken as checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ STEP = 8  # rows between those of a program, as in mix.py
 class Mixing:
     """One call: the problem, the cut, the weights as kernels take them; and a method for each launch."""
 
-    def __init__(self, backward, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published):
+    def __init__(
+        self, backward, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published
+    ):  # fmt: skip
         self.p = p = Problem(q, k, v, None, None, None, None, key_mask, scale, 0.0, shift, left, right, True)
         table, line, rows, first, last, last_bias = base
         self.base = 1 if table is not None else 2 if line is not None else 0
@@ -56,7 +58,7 @@ class Mixing:
         planes = (3 if self.convolved else 2) * self.heads if self.backward else self.heads
         planes += self.units if self.convolved else 0
         beyond = self.taps // 2 if published else 0
-        self.grid = Grid(p, planes * self.stored.itemsize, MARGIN if self.convolved else 0, beyond)
+        self.grid = Grid(p, planes * self.stored.itemsize, MARGIN if self.convolved else 0, beyond, backward)
 
     def scratch(self, planes: int, dtype: torch.dtype) -> Tensor:
         """Zeros, for what no program writes must be finite."""
@@ -66,8 +68,8 @@ class Mixing:
         return torch.cuda.device(self.p.q.device) if self.p.q.is_cuda else contextlib.nullcontext()
 
     def place(self, cell: Cell) -> dict[str, int]:
-        return dict(Lk=self.p.keys, low=self.p.low, high=self.p.high, m0=cell.m0, m1=cell.m1, n0=cell.n0, KEYS=cell.keys,
-                    C=self.grid.rows, W=self.grid.width)  # fmt: skip
+        place = dict(m0=cell.m0, m1=cell.m1, n0=cell.n0, KEYS=cell.keys, C=self.grid.rows, W=self.grid.width)
+        return dict(Lk=self.p.keys, low=self.p.low, high=self.p.high, **place)
 
     def programs(self, cell: Cell) -> tuple[int, int, int]:
         """(programs along the keys of a cell, along its rows, rows each of them takes)."""
@@ -99,7 +101,9 @@ class Mixing:
             num_stages=config.num_stages,
         )  # fmt: skip
 
-    def scores(self, cell: Cell, S: Tensor, X: Tensor | None = None, do: Tensor | None = None, delta: Tensor | None = None):
+    def scores(
+        self, cell: Cell, S: Tensor, X: Tensor | None = None, do: Tensor | None = None, delta: Tensor | None = None
+    ) -> None:
         p = self.p
         do = p.q if do is None else do
         run = 512  # keys, enough to hide where a program starts and ends
@@ -117,9 +121,10 @@ def forward(
     key_mask: Tensor | None, scale: float, shift: int, left: int, right: int, negative_slope: float, published: bool,
     keep_rest: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """-> out [B, Hq, Lq, Dv] in q's dtype and, where the shapes agree, q's strides; lse [B, Hq, Lq] fp32, natural; rest."""
+    """-> out [B, Hq, Lq, Dv] in q's dtype and, where the shapes agree, q's strides; lse [B, Hq, Lq] fp32; rest."""
     base = (table, line, rows, first, last, last_bias)
-    mixing = Mixing(False, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
+    call = (key_mask, scale, shift, left, right, negative_slope, published)
+    mixing = Mixing(False, q, k, v, w1, b1, w2, b2, base, *call)
     p, grid = mixing.p, mixing.grid
     out = torch.empty_like(q) if p.value_dim == p.head_dim else q.new_empty(*q.shape[:3], p.value_dim)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -209,7 +214,8 @@ class Sums:
             made.append(self.offsets)
         if mixing.base == 2:
             last, first, last_bias = parts[4].view(heads, fire), parts[5].view(16, fire), parts[6]
-            made += [self.part.new_empty(0), self.offsets[0], self.rows, first[:2, :FIRE], last[:H, :FIRE], last_bias[:H]]
+            made += [self.part.new_empty(0), self.offsets[0], self.rows]
+            made += [first[:2, :FIRE], last[:H, :FIRE], last_bias[:H]]
         made = [gradient.clone(memory_format=torch.contiguous_format) for gradient in made]
         return made + [self.part.new_empty(0) for _ in range(10 - len(made))]
 
@@ -223,15 +229,16 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> dq, dk, dv, dw1, db1, dw2, db2, dtable, dline, drows, dfirst, dlast, dlast_bias; empty where not needed."""
     base = (table, line, rows, first, last, last_bias)
-    mixing = Mixing(True, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published)
+    call = (key_mask, scale, shift, left, right, negative_slope, published)
+    mixing = Mixing(True, q, k, v, w1, b1, w2, b2, base, *call)
     p, grid = mixing.p, mixing.grid
     do, out, rest = rows_contiguous(grad_out), rows_contiguous(out), rows_contiguous(rest)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     with mixing.device():
         row_sums[triton.cdiv(p.queries, 64), p.batch * p.heads](
-            out, rest if rest.numel() else None, do, lse, grad_lse, lse2, delta, p.queries, p.heads, **strides(o=out, do=do),
-            DV=p.value_dim, VALUE_DIM=padded(p.value_dim), BLOCK_M=64,
+            out, rest if rest.numel() else None, do, lse, grad_lse, lse2, delta, p.queries, p.heads,
+            **strides(o=out, do=do), DV=p.value_dim, VALUE_DIM=padded(p.value_dim), BLOCK_M=64,
         )  # fmt: skip
     cells = list(grid.cells())
     dq = torch.empty_like(q) if need_q else q.new_empty(0)
@@ -263,7 +270,9 @@ def backward(
                 DS, DU = X, hidden.view(q.dtype)
                 more.update(own0=cell.n0, own1=cell.n0 + cell.keys)
                 mixing.mix(conv_hidden, wide, S=S, ACT=hidden, margin=256, **mixing.pairwise(cell))
-                mixing.mix(conv_softmax_backward, wide, S=S, X=X, P=weights, ACT=hidden, LSE2=lse2, **more, **sums.arguments(2))
+                mixing.mix(
+                    conv_softmax_backward, wide, S=S, X=X, P=weights, ACT=hidden, LSE2=lse2, **more, **sums.arguments(2)
+                )
                 mixing.mix(conv_hidden_backward, wide, S=S, DL=X, ACT=hidden, DU=DU, **more, **sums.arguments(0))
                 mixing.mix(
                     conv_scores_backward, wide, DL=X, DU=DU, **more, **sums.arguments(4), **sums.to_bias(),
@@ -273,18 +282,20 @@ def backward(
             if need_q:
                 into = sum_q[cell.b0 :] if sum_q is dq else sum_q
                 mixing.product(
-                    "stored rows", stored_rows, cell, "k", lambda c: triton.cdiv(cell.m1 - cell.m0, c.block_m),  # noqa: B023
-                    DS=DS[..., own], K=p.k, DQ=into, first=int(cell.first), scale=scale, dq_row=0 if sum_q is dq else cell.m0,
-                    **strides(k=p.k, dq=into),
+                    "stored rows", stored_rows, cell, "k",
+                    lambda c: triton.cdiv(cell.m1 - cell.m0, c.block_m),  # noqa: B023
+                    DS=DS[..., own], K=p.k, DQ=into, first=int(cell.first), scale=scale,
+                    dq_row=0 if sum_q is dq else cell.m0, **strides(k=p.k, dq=into),
                 )  # fmt: skip
                 if waits and cell.last:
                     batch = slice(cell.b0, cell.b0 + cell.batch)
                     dq[batch, :, cell.m0 : cell.m1] = sum_q[: cell.batch, :, : cell.m1 - cell.m0]
             if need_kv:
                 mixing.product(
-                    "stored columns", stored_columns, cell, "kv", lambda c: triton.cdiv(cell.keys, c.block_n),  # noqa: B023
-                    DS=DS[..., own], P=weights[..., own], Q=p.q, DO=do, DK=sum_k, DV_OUT=sum_v, add=int(not once), scale=scale,
-                    **strides(q=p.q, do=do, dk=sum_k, dv=sum_v),
+                    "stored columns", stored_columns, cell, "kv",
+                    lambda c: triton.cdiv(cell.keys, c.block_n),  # noqa: B023
+                    DS=DS[..., own], P=weights[..., own], Q=p.q, DO=do, DK=sum_k, DV_OUT=sum_v, add=int(not once),
+                    scale=scale, **strides(q=p.q, do=do, dk=sum_k, dv=sum_v),
                 )  # fmt: skip
     if sum_k is not dk:
         dk.copy_(sum_k)

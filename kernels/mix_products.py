@@ -73,7 +73,8 @@ def attend_stored(
 ):  # fmt: skip
     """Softmax times V over the stored logits; a program owns BLOCK_M rows of a head.
 
-    Between the cells of one row the sums stand in ACC [B H, C, DV] and STATE [2, B H, C]; the last one writes OUT, and to REST what rounding takes from it.
+    Between the cells of one row the sums stand in ACC [B H, C, DV] and STATE [2, B H, C]; the last one writes OUT, and
+    to REST what rounding takes from it.
     """
     m = m0 + tl.program_id(0) * BLOCK_M
     bh = tl.program_id(1)
@@ -133,8 +134,8 @@ def row_sums(
 ):  # fmt: skip
     """LSE2 in base 2 and DELTA = rowsum(dO O) - dlse.
 
-    REST makes O exact to fp32: a rounded O moves all gradients of a row's logits the same way, which cancels in dQ and dK
-    but not in what they sum up to for a bias.
+    REST makes O exact: a rounded O moves the gradients of all logits of a row the same way, and what these sum up to
+    for a bias would show it.
     """
     m = tl.program_id(0) * BLOCK_M
     bh = tl.program_id(1)

@@ -111,7 +111,7 @@ def attention(
         query_start=query_start,
         key_start=key_start,
     )
-    backend = checks.choose_backend(backend, query, value)
+    backend = checks.choose_backend(backend, query, value, bias)
 
     # Kernels read rows of unit stride; every other stride is free.
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .biases.bias import Bias, Scaled
 from .biases.dape import DAPE
+from .biases.fire import FIRE
 
 MAX_HEAD_DIM = 256
 MAX_FLOAT32_HEAD_DIM = 128  # on Triton: kernels/configs.py has no wider row, the registers do not do
@@ -208,13 +209,13 @@ def check_return_lse(return_lse: bool) -> None:
     _check_flag("return_lse", return_lse)
 
 
-def choose_backend(backend: str | None, query: Tensor, value: Tensor) -> str:
+def choose_backend(backend: str | None, query: Tensor, value: Tensor, bias: Any = None) -> str:
     """ "triton" or "blockwise". An explicit "triton" that cannot be had is an error, never something else."""
     if backend not in (None, "triton", "blockwise"):
         raise ValueError(f'backend must be "triton", "blockwise" or None, got {backend!r}')
     if backend == "blockwise" or (backend is None and query.device.type != "cuda"):
         return "blockwise"
-    refusal = _why_not_triton(query, value)
+    refusal = _why_not_triton(query, value, bias)
     if refusal is None:
         return "triton"
     if backend is None:
@@ -222,7 +223,7 @@ def choose_backend(backend: str | None, query: Tensor, value: Tensor) -> str:
     raise ValueError(f'backend="triton" {refusal}; backend="blockwise" serves it, backend=None chooses')
 
 
-def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
+def _why_not_triton(query: Tensor, value: Tensor, bias: Any) -> str | None:
     if query.dtype == torch.float64:
         return "takes float16, bfloat16 and float32, got torch.float64"
     widest = max(query.shape[3], value.shape[3])
@@ -231,14 +232,30 @@ def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
     if not TRITON_INSTALLED:
         return "needs the package triton, which is not installed"
     if query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None  # Triton's interpreter: for tests
+        return _why_not_mixed(query, bias)  # Triton's interpreter: for tests
     if query.device.type != "cuda":
         return f"needs tensors on a GPU, got device {query.device}"
     if torch.version.hip is None:
         properties = torch.cuda.get_device_properties(query.device)
         if properties.major < 8:
             return f"needs compute capability 8.0 or newer, got {properties.major}.{properties.minor}"
-    return None
+    return _why_not_mixed(query, bias)
+
+
+def _why_not_mixed(query: Tensor, bias: Any) -> str | None:
+    """What a pair of positions keeps in registers for a DAPE may be too much for this GPU."""
+    if not isinstance(bias, DAPE):
+        return None
+    from .kernels.mix_configs import largest
+
+    sizes = [bias.num_heads, bias.hidden, *([bias.base.hidden] if isinstance(bias.base, FIRE) else [])]
+    channels, most = sum(max(16, 1 << (size - 1).bit_length()) for size in sizes), largest(query)
+    if channels <= most:
+        return None
+    return (
+        f"takes a DAPE on this GPU whose heads, hidden units and hidden units of a FIRE base, each rounded up to a "
+        f"power of two and to 16 at least, sum to at most {most}, got {channels}"
+    )
 
 
 def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:

@@ -16,9 +16,9 @@ CELLS = {
     "causal": Case(heads=2, queries=75, keys=75, batch=1),
     "window, padding": Case("tisa", heads=2, queries=75, keys=90, window=(20, 3), causal=False, mask="gaps", batch=2),
     "FIRE": Case("fire", heads=2, queries=70, keys=70, batch=1),
-    "V2": Case(heads=2, queries=70, keys=70, kernel_size=7, batch=1),
+    "V2": Case(heads=2, queries=50, keys=50, kernel_size=7, batch=1),
     "V2, FIRE, window": Case("fire", heads=2, queries=50, keys=70, kernel_size=3, window=(30, 0), batch=1),
-    "published": Case("none", heads=2, queries=70, keys=70, kernel_size=5, published=True, batch=1),
+    "published": Case("none", heads=2, queries=50, keys=50, kernel_size=5, published=True, batch=1),
 }
 
 
@@ -67,28 +67,33 @@ def eager(query, key, value, module, is_causal, **_):
     return weight.to(dtype) @ value
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_16_bits_at_most_twice_the_error_of_eager(kernel_size):
-    """fp16: the interpreter has no products of bf16. The last parameters say most: sums over all pairs."""
-    case = Case(heads=4, queries=48, keys=48, dim=16, value_dim=16, hidden=32, kernel_size=kernel_size)
-    tensors, module, keywords = case.make(torch.float32)
-    halves = [t.detach().half().requires_grad_() for t in tensors]
-    exact = case.module(torch.float64)
-    exact.load_state_dict(module.state_dict())
-    doubles = [t.detach().double().requires_grad_() for t in halves]
-    grad = torch.randn_like(halves[0])
+@pytest.mark.parametrize(("kernel_size", "length", "seeds"), [(1, 48, 4), (3, 32, 3)])
+def test_16_bits_at_most_twice_the_error_of_eager(kernel_size, length, seeds):
+    """fp16: the interpreter has no products of bf16. Root mean squares over seeds, for KERPLE's parameters are few."""
+    case = Case(heads=4, queries=length, keys=length, dim=16, value_dim=16, hidden=32, kernel_size=kernel_size)
 
-    def run(call, tensors, module):
+    def run(call, tensors, module, grad, keywords):
         out = call(*tensors, module, **keywords)
         inputs = [*tensors, *(p for name, p in module.named_parameters() if name != "second_bias")]  # whose is 0
         return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
-    truth = run(lambda q, k, v, module, **more: case.oracle([q, k, v], module, more)[0], doubles, exact)
-    plain, ours = run(eager, halves, module), run(triton, halves, module)
-    for number, (a, b, t) in enumerate(zip(ours, plain, truth)):
-        size, step = t.abs().max().item(), 2**-11
-        error, allowed = (a - t).abs().max().item(), 2 * (b - t).abs().max().item()
-        assert error <= allowed + step * size, (number, error / size, allowed / size)
+    sums = torch.zeros(3, 9, dtype=torch.float64)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        tensors, module, keywords = case.make(torch.float32)
+        halves = [t.detach().half().requires_grad_() for t in tensors]
+        exact = case.module(torch.float64)
+        exact.load_state_dict(module.state_dict())
+        doubles = [t.detach().double().requires_grad_() for t in halves]
+        grad = torch.randn_like(halves[0])
+        oracle = lambda q, k, v, module, **more: case.oracle([q, k, v], module, more)[0]
+        truth = run(oracle, doubles, exact, grad, keywords)
+        plain = run(eager, halves, module, grad, keywords)
+        ours = run(triton, halves, module, grad, keywords)
+        for number, (a, b, t) in enumerate(zip(ours, plain, truth)):
+            sums[:, number] += torch.stack([(a - t).square().sum(), (b - t).square().sum(), t.square().sum()])
+    error, allowed, size = sums.sqrt().detach()
+    assert (error <= 2 * allowed + 2**-11 * size).all(), (error / size, allowed / size)
 
 
 class Allocations(TorchDispatchMode):
@@ -122,8 +127,7 @@ def test_scratch_stays_below_64_megabytes(fire, kernel_size, monkeypatch):
     heads, dim, units = 16, 128, 32
     totals = []
     for length in (8192, 32768, 131072):
-        q = torch.empty(1, heads, length, dim, dtype=torch.bfloat16, device="meta")
-        meta = lambda *shape: torch.empty(shape, device="meta")
+        q = meta(1, heads, length, dim).to(torch.bfloat16)
         weights = meta(units, 2 * heads, kernel_size), meta(units), meta(heads, units, kernel_size), meta(heads)
         base = dict.fromkeys(("table", "line", "rows", "first", "last", "last_bias"))
         if fire:
@@ -133,15 +137,19 @@ def test_scratch_stays_below_64_megabytes(fire, kernel_size, monkeypatch):
             base.update(table=meta(heads, 2 * length - 1))
         call = dict(key_mask=None, scale=0.1, shift=0, left=-1, right=0, negative_slope=0.01, published=False, **base)
         need = dict.fromkeys(("need_q", "need_kv", "need_weights", "need_base"), True)
-        for run in (
-            lambda: mix_launch.forward(q, q, q, *weights, **call, keep_rest=True),
-            lambda: mix_launch.backward(q, None, q, q, q, q, meta(1, heads, length), q, *weights, **call, **need),
-        ):
-            with Allocations() as seen:
-                run()
-            linear = 4 * heads * (2 * length - 1)  # of a table, in fp32
-            totals.append(sum(size for size in seen.made if size < 1 << 28 and size > linear))
+        with Allocations() as forward:
+            mix_launch.forward(q, q, q, *weights, **call, keep_rest=True)
+        with Allocations() as backward:
+            mix_launch.backward(q, None, q, q, q, q, meta(1, heads, length), q, *weights, **call, **need)
+        # Tensors like the arguments, their fp32 sums, rows and tables aside: these are results.
+        results = {n * heads * length * dim for n in (2, 4)}, {4 * heads * length}, {4 * heads * (2 * length - 1)}
+        results = set().union(*results)
+        totals += [sum(size for size in seen.made if size not in results) for seen in (forward, backward)]
     assert max(totals) <= 64 << 20, totals
+
+
+def meta(*shape):
+    return torch.empty(shape, device="meta")
 
 
 class NoLaunch:

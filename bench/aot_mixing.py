@@ -168,7 +168,7 @@ def prediction(sizes: list[tuple[int, int]] | None = None) -> str:
     """The table for a reader; floors are those of the products alone at 790 TFLOP/s."""
     lines = [
         "DAPE, predicted for an H200, not measured: causal, N 8192, B 1, bf16, 32 hidden units, KERPLE. A kernel",
-        "takes the longer of its instructions (lanes a pair of positions) and its bytes; the floor is that of products.",
+        "takes the longer of its instructions (lanes a pair of positions) and its bytes; the floor: products alone.",
         "  H   D  direction  kernel                    lanes  bytes   issue  memory    sum ms   floor ms",
     ]
     for heads, dim in sizes or [(h, d) for h in (8, 12, 16, 32) for d in (64, 128)]:

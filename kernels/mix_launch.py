@@ -3,7 +3,8 @@
 Forward, each cell: its scores are stored (mix_products.py), turned into logits in place (mix.py, mix_conv.py), and
 weigh V; the sums of a row wait in fp32 for its next cell. Backward makes the scores again. 16-bit tensors have their
 scores stored in fp16, not bf16: a score of 10 is kept to 0.005; gradients are stored in the tensors' own dtype. dK and
-dV are added up in fp32 where several rows of cells add to them. Arguments are those of posattn/mix_ops.py, taken as checked.
+dV are added up in fp32 where several rows of cells add to them. Arguments are those of posattn/mix_ops.py, taken as
+checked.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def launches(
     backward: bool = False, length: int = LENGTH,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """(kernel, its arguments by name) of each launch of one causal call with a batch of 1; nothing runs."""
-    from posattn.kernels import configs, mix_configs, mix_launch
+    from posattn.kernels import configs, mix_launch
 
     made: list[tuple[Any, dict[str, Any]]] = []
 
@@ -64,8 +64,8 @@ def launches(
     else:
         bias.update(table=empty(heads, offsets))
     call = dict(key_mask=None, scale=dim**-0.5, shift=0, left=-1, right=0, negative_slope=0.01, published=False, **bias)
-    kept = configs.arch, mix_configs.arch, triton.runtime.JITFunction.run
-    configs.arch = mix_configs.arch = lambda device: chip
+    kept = configs.arch, triton.runtime.JITFunction.run
+    configs.arch = lambda device: chip
     triton.runtime.JITFunction.run = write_down
     try:
         if backward:
@@ -74,7 +74,7 @@ def launches(
         else:
             mix_launch.forward(q, k, v, *weights, **call, keep_rest=bits == 16)
     finally:
-        configs.arch, mix_configs.arch, triton.runtime.JITFunction.run = kept
+        configs.arch, triton.runtime.JITFunction.run = kept
     yield from made
 
 

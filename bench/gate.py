@@ -111,11 +111,16 @@ def bits_and_width(case: Any) -> tuple[int, int]:
 
 
 def served(cases: list[Any], device: torch.device) -> list[Any]:
-    """The cases that the config table of this GPU has rows for; the rest is not Triton's (fp32 beyond 128)."""
-    from posattn.kernels import configs
+    """The cases that the config tables of this GPU have rows for; the rest is not Triton's (fp32 beyond 128, say)."""
+    from posattn.kernels import configs, mix_configs
+
+    def fits(case: Any) -> bool:
+        sizes = getattr(case, "mixed", ())
+        channels = sum(max(16, 1 << (size - 1).bit_length()) for size in sizes)
+        return not sizes or channels <= mix_configs.largest(device, torch.finfo(case.dtype).bits)
 
     rows = {(bits, width) for chip, _, bits, width in configs.CONFIGS if chip == configs.arch(device)}
-    return [case for case in cases if bits_and_width(case) in rows]
+    return [case for case in cases if bits_and_width(case) in rows and fits(case)]
 
 
 def configs_covered(done: list[Any], device: torch.device) -> dict[str, list[str]]:

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one query": dict(queries=1, keys=777),
     "far positions, causal": dict(queries=256, keys=320, query_start=300, is_causal=True),
 }
+FIRE_UNITS = 32
 
 
 class Case(NamedTuple):
@@ -61,6 +62,12 @@ class Case(NamedTuple):
             kind = self.form + (f" {self.taps} taps" if self.taps > 1 else "") + f" of {self.base}{hidden}"
         length = f", N {self.length}" if self.length else ""
         return f"{dtype} D {self.head_dim} H {self.heads}, {kind}, {self.variant}{length}"
+
+
+    @property
+    def mixed(self) -> tuple[int, ...]:
+        """What a pair of positions keeps: heads, hidden units, FIRE's; nothing without a DAPE."""
+        return () if self.form == "FIRE" else (self.heads, self.hidden, *([FIRE_UNITS] if self.base == "FIRE" else []))
 
 
 def cases() -> Iterator[Case]:
@@ -142,7 +149,7 @@ def make_bias(case: Case) -> Any:
     made: Any = None
     if case.base == "FIRE":
         slope = 0.0 if case.form == "FIRE" else 0.01
-        made = posattn.FIRE(case.heads, init_length=100, negative_slope=slope)
+        made = posattn.FIRE(case.heads, FIRE_UNITS, init_length=100, negative_slope=slope)
     elif case.base != "none":
         made = {"ALiBi": posattn.ALiBi, "KERPLE": posattn.KERPLE}[case.base](case.heads)
     with torch.no_grad():

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .configs import Config, arch
+from . import configs
+from .configs import Config
 
 
 class MixConfig(NamedTuple):
@@ -185,23 +186,23 @@ MIXING: dict[tuple[str, str, int], dict[int, MixConfig]] = {
 
 
 def pick_products(q: torch.Tensor, kernel: str, width: int) -> Config:
-    chip = arch(q.device)
+    chip = configs.arch(q.device)
     if chip == "interpreter":
         return Config(32, 32, 4, 1)
     return PRODUCTS[chip, kernel, q.element_size() * 8, max(64, width)]
 
 
 def pick_mixing(q: torch.Tensor, kernel: str, size: int) -> MixConfig:
-    chip = arch(q.device)
+    chip = configs.arch(q.device)
     if chip == "interpreter":
         return MixConfig(64, 4, 1, 4)
     rows = MIXING[chip, kernel, q.element_size() * 8]
     return rows[min(limit for limit in rows if limit >= size)]
 
 
-def largest(q: torch.Tensor) -> int:
+def largest(device: torch.device, bits: int) -> int:
     """The size up to which there is a row for every kernel."""
-    chip, bits = arch(q.device), q.element_size() * 8
+    chip = configs.arch(device)
     if chip == "interpreter":
         return 192
     return min(max(rows) for (c, _, b), rows in MIXING.items() if (c, b) == (chip, bits))

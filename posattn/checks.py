@@ -249,7 +249,8 @@ def _why_not_mixed(query: Tensor, bias: Any) -> str | None:
     from .kernels.mix_configs import largest
 
     sizes = [bias.num_heads, bias.hidden, *([bias.base.hidden] if isinstance(bias.base, FIRE) else [])]
-    channels, most = sum(max(16, 1 << (size - 1).bit_length()) for size in sizes), largest(query)
+    channels = sum(max(16, 1 << (size - 1).bit_length()) for size in sizes)
+    most = largest(query.device, query.element_size() * 8)
     if channels <= most:
         return None
     return (

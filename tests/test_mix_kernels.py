@@ -117,10 +117,9 @@ def test_scratch_stays_below_64_megabytes(fire, kernel_size, monkeypatch):
     """At H = 16, whatever the length; what has the size of the arguments or their gradients is not scratch."""
     import triton as compiler
 
-    from posattn.kernels import configs, mix_configs, mix_launch
+    from posattn.kernels import configs, mix_launch
 
-    for module in (configs, mix_configs):
-        monkeypatch.setattr(module, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "arch", lambda device: "sm_90")
     for name in dir(mix_launch):
         if isinstance(getattr(mix_launch, name), compiler.runtime.interpreter.InterpretedFunction):
             monkeypatch.setattr(mix_launch, name, NoLaunch())
@@ -155,3 +154,12 @@ def meta(*shape):
 class NoLaunch:
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
+
+
+def test_too_many_channels_are_refused():
+    from posattn import DAPE, FIRE, attention
+
+    query, module = torch.randn(1, 64, 4, 8), DAPE(64, FIRE(64), hidden=128)
+    with pytest.raises(ValueError, match="sum to at most [0-9]+, got 224"):
+        triton(query, query, query, module)
+    attention(query, query, query, module)

@@ -160,6 +160,6 @@ def test_too_many_channels_are_refused():
     from posattn import DAPE, FIRE, attention
 
     query, module = torch.randn(1, 64, 4, 8), DAPE(64, FIRE(64), hidden=128)
-    with pytest.raises(ValueError, match="sum to at most [0-9]+, got 224"):
+    with pytest.raises(ValueError, match=r"sum to at most [0-9]+, got 224"):
         triton(query, query, query, module)
     attention(query, query, query, module)

@@ -33,7 +33,7 @@ def small_cells(monkeypatch):
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_make_up_the_matrix(name, small_cells, monkeypatch):
     monkeypatch.setitem(CASES, name, CELLS[name])
-    check(name, triton, torch.float32, 3e-5)
+    check(name, triton, torch.float32, 3e-5 if torch.cuda.is_available() else 1e-5)
 
 
 def test_the_same_bits_again_with_many_cells(small_cells):

@@ -116,8 +116,7 @@ def served(cases: list[Any], device: torch.device) -> list[Any]:
 
     def fits(case: Any) -> bool:
         sizes = getattr(case, "mixed", ())
-        channels = sum(max(16, 1 << (size - 1).bit_length()) for size in sizes)
-        return not sizes or channels <= mix_configs.largest(device, torch.finfo(case.dtype).bits)
+        return not sizes or mix_configs.channels(sizes) <= mix_configs.largest(device, torch.finfo(case.dtype).bits)
 
     rows = {(bits, width) for chip, _, bits, width in configs.CONFIGS if chip == configs.arch(device)}
     return [case for case in cases if bits_and_width(case) in rows and fits(case)]

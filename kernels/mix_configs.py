@@ -8,12 +8,14 @@ by spills and instructions, ahead of time; none is measured yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from . import configs
 from .configs import Config
+from .launch import padded
 
 
 class MixConfig(NamedTuple):
@@ -198,6 +200,11 @@ def pick_mixing(q: torch.Tensor, kernel: str, size: int) -> MixConfig:
         return MixConfig(64, 4, 1, 4)
     rows = MIXING[chip, kernel, q.element_size() * 8]
     return rows[min(limit for limit in rows if limit >= size)]
+
+
+def channels(sizes: Iterable[int]) -> int:
+    """What a pair of positions keeps: heads, hidden units, FIRE's units, each padded as the kernels do."""
+    return sum(padded(size) for size in sizes)
 
 
 def largest(device: torch.device, bits: int) -> int:

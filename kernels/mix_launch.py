@@ -17,17 +17,18 @@ import torch
 import triton
 from torch import Tensor
 
+from . import mix
 from .configs import dot_precision
 from .launch import Problem, padded, rows_contiguous, strides
 from .mix import mix_forward
 from .mix_backward import add_strips, mix_backward
 from .mix_cells import Cell, Grid
-from .mix_configs import pick_mixing, pick_products
+from .mix_configs import channels, pick_mixing, pick_products
 from .mix_conv import MARGIN, conv_forward, conv_hidden, conv_softmax_backward
 from .mix_conv_backward import conv_hidden_backward, conv_scores_backward
 from .mix_products import attend_stored, row_sums, store_scores, stored_columns, stored_rows
 
-STEP = 8  # rows between those of a program, as in mix.py
+STEP = mix.STEP.value
 
 
 class Mixing:
@@ -45,7 +46,7 @@ class Mixing:
         self.convolved = self.taps > 1
         self.backward = backward
         direction = ("conv" if self.convolved else "mix") + (" backward" if backward else "")
-        self.config = pick_mixing(q, direction, sum(self.sizes[: 3 if self.base == 2 else 2]))
+        self.config = pick_mixing(q, direction, channels(self.sizes[: 3 if self.base == 2 else 2]))
         self.weights: dict[str, Any] = dict(
             W1=w1, B1=b1, W2=w2, B2=b2, TABLE=table, LINE=line, ROWS=rows, FIRST=first, LAST=last, LAST_BIAS=last_bias,
             fire_slope=negative_slope, t_h=0 if table is None else table.stride(0),

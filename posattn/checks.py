@@ -246,16 +246,15 @@ def _why_not_mixed(query: Tensor, bias: Any) -> str | None:
     """What a pair of positions keeps in registers for a DAPE may be too much for this GPU."""
     if not isinstance(bias, DAPE):
         return None
-    from .kernels.mix_configs import largest
+    from .kernels.mix_configs import channels, largest
 
     sizes = [bias.num_heads, bias.hidden, *([bias.base.hidden] if isinstance(bias.base, FIRE) else [])]
-    channels = sum(max(16, 1 << (size - 1).bit_length()) for size in sizes)
-    most = largest(query.device, query.element_size() * 8)
-    if channels <= most:
+    came, most = channels(sizes), largest(query.device, query.element_size() * 8)
+    if came <= most:
         return None
     return (
         f"takes a DAPE on this GPU whose heads, hidden units and hidden units of a FIRE base, each rounded up to a "
-        f"power of two and to 16 at least, sum to at most {most}, got {channels}"
+        f"power of two and to 16 at least, sum to at most {most}, got {came}"
     )
 
 

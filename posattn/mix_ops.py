@@ -8,12 +8,13 @@ docstrings hold for all three. Every result has one fixed order of summation.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops import CHECKPOINT_OPS, _empty_outputs, _no_autocast
+from .ops import CHECKPOINT_OPS, _empty_outputs, _no_autocast, _RefuseSecond
 
 _TENSORS = (
     "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? table, Tensor? line, Tensor? rows, Tensor? first,"
@@ -262,22 +263,6 @@ class Mix(torch.autograd.Function):
         need = (wanted[0], any(wanted[1:3]), any(wanted[3:7]), any(wanted[7:]))
         # Grad mode is on only under create_graph=True. AOTAutograd, which traces this, has its own refusal.
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = _RefuseSecond.apply if recorded else mix_backward
+        backward = partial(_RefuseSecond.apply, mix_backward) if recorded else mix_backward
         gradients = backward(grad_out, grad_lse, *saved, *ctx.rule, *need, ctx.backend)  # type: ignore[no-untyped-call]
         return *(grad if want else None for grad, want in zip(gradients, wanted)), *nothing
-
-
-class _RefuseSecond(torch.autograd.Function):
-    """mix_backward, with an error of our own where its derivative is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Gradients:
-        gradients: Gradients = mix_backward(*args)
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "posattn.attention has no second derivative: for a gradient of its gradient (gradient penalty, "
-            "Hessian-vector product), call posattn.attention_reference there, which takes the same arguments"
-        )

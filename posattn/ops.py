@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -273,7 +274,7 @@ class Attend(torch.autograd.Function):
         need = (need_q, need_k or need_v, need_table or any(need_scaled))
         # Grad mode is on only under create_graph=True. AOTAutograd, which traces this, has its own refusal.
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = _RefuseSecond.apply if recorded else attend_backward
+        backward = partial(_RefuseSecond.apply, attend_backward) if recorded else attend_backward
         settings = (*ctx.rule, *need, ctx.deterministic, ctx.backend)
         made = backward(grad_out, grad_lse, *saved, *settings)  # type: ignore[no-untyped-call]
         dq, dk, dv, dtable, dline, drows, dpieces = made
@@ -283,11 +284,11 @@ class Attend(torch.autograd.Function):
 
 
 class _RefuseSecond(torch.autograd.Function):
-    """attend_backward, with an error of our own where its derivative is asked for."""
+    """An operator's backward, with an error of our own where its derivative is asked for."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        gradients: tuple[Tensor, ...] = attend_backward(*args)
+    def forward(ctx: Any, backward: Any, *args: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = backward(*args)
         return gradients
 
     @staticmethod

@@ -2,8 +2,11 @@
 
 from .attention import attention
 from .biases import DAPE, FIRE, KERPLE, TISA, ALiBi, Bias, RelativeTable, Sandwich, T5Bias
+from .feature_maps import Favor
+from .linear_attention import LinearState, linear_attention
 from .ops import CHECKPOINT_OPS
 from .reference import attention_reference
+from .spe import ConvSPE, SineSPE
 
 __version__ = "0.1.0"
 
@@ -18,6 +21,11 @@ __all__ = [
     "RelativeTable",
     "Sandwich",
     "T5Bias",
+    "ConvSPE",
+    "Favor",
+    "LinearState",
+    "SineSPE",
     "attention",
     "attention_reference",
+    "linear_attention",
 ]

@@ -8,6 +8,8 @@ With options of their own (--help after the job shows them):
 python -m bench extrapolate  eleven ways to tell positions, each far beyond its training length
 python -m bench chomsky      the same ways on formal-language tasks, trained on short strings, tested on long ones
 python -m bench dape         time and memory of DAPE and FIRE beside the same formula in plain PyTorch
+python -m bench spe          SineSPE and ConvSPE with linear attention: time, memory, error, a language model
+python -m bench listops      ListOps with linear attention: learned absolute positions against SineSPE
 python -m bench gate         the kernels against float64
 python -m bench kernels      what the kernels compile to, without a GPU
 """
@@ -40,6 +42,14 @@ def main(argv: list[str]) -> int:
         from .chomsky import main as chomsky
 
         return chomsky(argv[1:])
+    if argv[:1] == ["spe"]:
+        from .spe import main as spe
+
+        return spe(argv[1:])
+    if argv[:1] == ["listops"]:
+        from .listops import main as listops
+
+        return listops(argv[1:])
 
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

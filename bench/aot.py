@@ -137,7 +137,8 @@ def specialised(value: Any, specialise: bool, hip: bool) -> tuple[str, list[list
     """(type in the signature, attributes) that Triton's launcher gives an argument; "constexpr" for a constant."""
     aligned = [["tt.divisibility", 16]]
     if isinstance(value, Tensor):
-        name = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "int64": "i64", "uint8": "u8"}
+        name = {"bfloat16": "bf16", "int32": "i32", "int64": "i64", "uint8": "u8"}
+        name |= {f"float{bits}": f"fp{bits}" for bits in (16, 32, 64)}
         near = [["tt.pointer_range", 32]] if hip and value.nbytes <= 2**31 - 1 else []
         return "*" + name[str(value.dtype).removeprefix("torch.")], aligned + near
     if isinstance(value, float):

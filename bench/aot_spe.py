@@ -79,3 +79,96 @@ def compiled(chip: str, kernel: Any, arguments: dict[str, Any]) -> Any:
     return triton.compile(
         source(kernel, arguments, CHIPS[chip].target.backend == "hip"), target=CHIPS[chip].target, options=options
     )
+
+
+def sizes_of(name: str, limit: int) -> dict[str, int]:
+    """The largest call that a row serves."""
+    if name in LINEAR:
+        return dict(dim=limit, features=limit)
+    return dict(sines=limit - 1) if name == "sine_forward" else dict(features=limit)
+
+
+def rule_of(name: str, limit: int) -> str:
+    return f"{limit} slots" if name == "sine_forward" else f"R {limit}, D {limit if name in LINEAR else 64}"
+
+
+def compile_and_count(chip: str, name: str, bits: int, width: int, rule: str) -> dict[str, Any]:
+    """One row of the report; a compiler's failure is in its "error", not raised."""
+    direction, backward = KERNELS[name]
+    found = launches(chip, bits, name, backward, **sizes_of(name, width))
+    kernel, arguments = next((k, a) for k, a in found if k.__name__ == name)
+    block_m = arguments.get("BLOCK_M", arguments.get("ROWS", 1))
+    block_n = arguments.get("BLOCK_N", arguments.get("BLOCK_R", arguments.get("DIMS")))
+    row = dict(chip=chip, direction=name, bits=bits, width=width, rule=rule, row=direction)
+    row.update(block_m=block_m, block_n=block_n, num_warps=arguments["num_warps"])
+    row.update(num_stages=arguments["num_stages"], precision=arguments["PRECISION"])
+    try:
+        return {**row, **count(chip, compiled(chip, kernel, arguments), block_m * (block_n or 1))}
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return {**row, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+
+
+def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
+    """(chip, kernel, bits, width, rule): every row of sm_90 in 16 bits; elsewhere the largest of each kernel."""
+    from posattn.kernels.linear_configs import TILES
+
+    made: list[tuple[Any, ...]] = []
+    for name, (direction, _) in KERNELS.items():
+        for (chip, row, bits), rows in TILES.items():
+            if row != direction or not (chips is None or chip in chips):
+                continue
+            chosen = rows if everything or (chip, bits) == ("sm_90", 16) else [max(rows)]
+            made += [(chip, name, bits, limit, rule_of(name, limit)) for limit in chosen]
+    return made
+
+
+# ----------------------------------------------------------------------------------------------- the prediction
+
+
+def predict(features: int = 64, heads: int = 16, dim: int = 64, sines: int = 10) -> list[dict[str, Any]]:
+    """Per kernel of a causal call with SineSPE at N = 8192, B = 1, in bf16: microseconds, by instructions issued.
+
+    A program's instructions are those of its loop times its turns; what is before and behind counts as one turn more.
+    """
+    chip, rows = "sm_90", []
+    for name, backward in (
+        ("sine_forward", False), ("chunk_states", False), ("read_by_feature", False),
+        ("sine_backward", True), ("chunk_states", True), ("read_by_feature", True), ("read_by_value", True),
+    ):  # fmt: skip
+        sizes = dict(heads=heads, dim=dim, features=features, sines=sines)
+        made = [(k, a) for k, a in launches(chip, 16, name, backward, **sizes) if k.__name__ == name]
+        for kernel, a in made:
+            found = count(chip, compiled(chip, kernel, a), 1)
+            if name == "sine_forward":
+                turns = dim
+            elif name == "sine_backward":
+                turns = a["RUN"] * -(-dim // a["DIMS"])
+            else:
+                # A row block reads half of its chunk, on average, and its own block.
+                full = a["CHUNK"] / a["BLOCK_N"]
+                turns = full if name == "chunk_states" else (full + 1) / 2
+            # Four schedulers issue one instruction a clock each, at 1.755 GHz, on 132 multiprocessors.
+            clocks = a["grid"][0] * (turns + 1) * found["path"] * found["warps"] / 4
+            rows.append(dict(kernel=name, backward=backward, us=clocks / 132 / 1755, path=found["path"]))
+    return rows
+
+
+def prediction() -> str:
+    lines = [
+        "SPE, predicted for an H200, not measured: SineSPE, causal, N 8192, B 1, H 16, D 64, K 10, bf16. The floor:",
+        "products alone at 790 TFLOP/s. Instructions alone: no memory, no launches, no wait of a product.",
+        "   R  direction  kernel             path      us    sum us  floor us",
+    ]
+    for features in (64, 128):
+        rows = predict(features)
+        floor = 8192 * 16 * 2 * 2 * 64 * 20 * features / 790e6
+        for backward in (False, True):
+            mine = [row for row in rows if row["backward"] == backward]
+            for n, row in enumerate(mine):
+                way = "backward" if backward else "forward"
+                line = f"{features:4}  {way:9}  {row['kernel']:16} {row['path']:6} {row['us']:7.1f}"
+                total = sum(row["us"] for row in mine)
+                lines.append(line + (f"  {total:8.1f}  {floor * 59 / 54:8.1f}" if n == len(mine) - 1 else ""))
+    return "\n".join(lines)

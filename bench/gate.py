@@ -1,8 +1,9 @@
 """`python -m bench gate`: what a GPU must show before a release: numerics, memory, then a short table of speeds.
 
 Numerics go through `posattn.attention(backend="triton")` and are held against float64: biases of the offset in
-gate_numerics.py, DAPE and FIRE in gate_mixing.py; memory and speed are in gate_speed.py. Everything stops politely at
-the time budget, says what it did not reach, and is written to one JSON file.
+gate_numerics.py, DAPE and FIRE in gate_mixing.py, and `posattn.linear_attention` with SPE in gate_spe.py; memory and
+speed are in gate_speed.py and gate_spe_speed.py. Everything stops politely at the time budget, says what it did not
+reach, and is written to one JSON file.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from . import gate_speed
 
 RESULTS = Path(__file__).parent / "results"
-# Of the budget, by the end of that part: the first cases, DAPE and FIRE, the mixed cases, memory.
-FIRST_SHARE, MIXING_SHARE, NUMERICS_SHARE, MEMORY_SHARE = 0.3, 0.6, 0.7, 0.75
+# Of the budget, by the end of that part: the first cases, DAPE and FIRE, SPE, the mixed cases, memory.
+FIRST_SHARE, MIXING_SHARE, SPE_SHARE, NUMERICS_SHARE, MEMORY_SHARE = 0.3, 0.5, 0.65, 0.72, 0.77
+PARTS = ("numerics", "mixing", "spe")
 
 
 class Clock:
@@ -71,16 +73,16 @@ def nvidia_smi() -> dict[str, str] | None:
 
 
 def numerics(cases: list[Any], device: torch.device, clock: Clock, rehearse: bool, share: float) -> dict[str, Any]:
-    from . import gate_mixing, gate_numerics
+    from . import gate_mixing, gate_numerics, gate_spe
 
+    checks: dict[type, Any] = {module.Case: module.check for module in (gate_numerics, gate_mixing, gate_spe)}
     rows: list[dict[str, Any]] = []
     for n, case in enumerate(cases):
         if not clock.open(share):
             break
         started = time.perf_counter()
         try:
-            module = gate_mixing if isinstance(case, gate_mixing.Case) else gate_numerics
-            row = module.check(case, device, rehearse)
+            row = checks[type(case)](case, device, rehearse)
         except torch.cuda.OutOfMemoryError:
             row = {"case": str(case), "errors": {}, "failed": [], "not_run": "float64 does not fit this GPU's memory"}
         except Exception as error:  # one broken config must not hide the others
@@ -143,9 +145,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench gate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="when to stop (480)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="default: bench/results/gate-<gpu>-torch...json")
-    which = "biases of the offset, memory, speed; or DAPE and FIRE, which then have the whole budget; or all"
-    parser.add_argument("--part", choices=["all", "attention", "mixing"], default="all", help=which)
-    some = "which cases of DAPE and FIRE, as a slice: 7: after the seventh; 1::4 for the second of four processes"
+    which = "biases of the offset, memory, speed; or DAPE and FIRE, or SPE, which then have the whole budget; or all "
+    which += "of these; or time and memory of SPE"
+    parts = ["all", "attention", "mixing", "spe", "spe-speed"]
+    parser.add_argument("--part", choices=parts, default="all", help=which)
+    some = "which cases of mixing or spe, as a slice: 7: after the seventh; 1::4 for the second of four processes"
     parser.add_argument("--cases", type=slice_of, default=slice(None), metavar="A:B:C", help=some)
     rehearse = "rehearse on the CPU interpreter (TRITON_INTERPRET=1), tiny shapes, no speed table"
     parser.add_argument("--interpret", action="store_true", help=rehearse)
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": machine(), "budget": arguments.budget, "interpreted": arguments.interpret}
     print(json.dumps(report["machine"]))
     print("numerics: error by what is allowed, the worst of all outputs and gradients (1 is the limit)")
-    print("DAPE and FIRE also: the base's parameter whose gradient is furthest off, by its size: posattn/plain PyTorch")
+    print("some also: the parameter (of a DAPE's base) whose gradient is furthest off, by size: posattn/plain PyTorch")
     done, failures = [], []
     for part, cases, share in planned(arguments, device):
         found = numerics(cases, device, clock, arguments.interpret, share)
@@ -174,7 +178,14 @@ def main(argv: list[str] | None = None) -> int:
         failures += [f"{row['case']}: {', '.join(row['failed'])}" for row in found["rows"] if row["failed"]]
         if part == "numerics":
             done += [c for c, row in zip(cases, found["rows"]) if not row["failed"] and "not_run" not in row]
-    if not arguments.interpret and arguments.part != "mixing":
+    if arguments.part == "spe-speed":
+        from . import gate_spe_speed
+
+        print("speed and memory of SPE: forward; forward and backward")
+        sizes = gate_spe_speed.rehearsal() if arguments.interpret else {}
+        report["spe_speed"] = gate_spe_speed.speed(device, clock.open, **sizes)
+        failures += report["spe_speed"]["failed"]
+    if not arguments.interpret and arguments.part in ("all", "attention"):
         report["configs"] = configs_covered(done, device)
         print("peak memory of forward and backward, bf16, H 8, D 64, TISA, causal")
         try:
@@ -192,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     if path is None and not arguments.interpret:
         RESULTS.mkdir(exist_ok=True)
         parts = report["machine"]["device"].replace(" ", "-"), torch.__version__, report["machine"]["triton"]
-        name = "gate-mixing" if arguments.part == "mixing" else "gate"
+        name = "gate" if arguments.part in ("all", "attention") else f"gate-{arguments.part}"
         path = RESULTS / "{}-{}-torch{}-triton{}.json".format(name, *parts)
     if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
@@ -208,26 +219,29 @@ def slice_of(text: str) -> slice:
 
 def planned(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, list[Any], float]]:
     """(part of the report, cases, share of the budget by the end of them)"""
-    from . import gate_mixing, gate_numerics
+    from . import gate_mixing, gate_numerics, gate_spe
 
-    with_attention, with_mixing = arguments.part != "mixing", arguments.part != "attention"
+    with_attention, with_mixing, with_spe = (arguments.part in ("all", part) for part in ("attention", "mixing", "spe"))
+    alone = arguments.part != "all"
     made: list[tuple[str, list[Any], float]] = []
     if arguments.interpret:
         made += [("numerics", list(gate_numerics.rehearsal()), NUMERICS_SHARE)] * with_attention
-        return made + [("mixing", list(gate_mixing.rehearsal())[arguments.cases], 1.0)] * with_mixing
+        made += [("mixing", list(gate_mixing.rehearsal())[arguments.cases], 1.0)] * with_mixing
+        return made + [("spe", list(gate_spe.rehearsal())[arguments.cases], 1.0)] * with_spe
     first, every = (served(list(cases()), device) for cases in (gate_numerics.first_cases, gate_numerics.cases))
     mixing = served(list(gate_mixing.cases()), device)[arguments.cases]
     made += [("numerics", first, FIRST_SHARE)] * with_attention
-    made += [("mixing", mixing, MIXING_SHARE if with_attention else 1.0)] * with_mixing
+    made += [("mixing", mixing, 1.0 if alone else MIXING_SHARE)] * with_mixing
+    made += [("spe", list(gate_spe.cases())[arguments.cases], 1.0 if alone else SPE_SHARE)] * with_spe
     return made + [("numerics", every[len(first) :], NUMERICS_SHARE)] * with_attention
 
 
 def cases_run(report: dict[str, Any]) -> int:
-    return sum(len(report.get(part, {}).get("rows", [])) for part in ("numerics", "mixing"))
+    return sum(len(report.get(part, {}).get("rows", [])) for part in PARTS)
 
 
 def report_unreached(report: dict[str, Any]) -> None:
-    for part in ("numerics", "mixing", "speed"):
+    for part in (*PARTS, "speed", "spe_speed"):
         if missing := report.get(part, {}).get("not_reached"):
             print(f"not reached in the budget, {part}: {len(missing)}: {'; '.join(missing[:6])}")
     if missing := report.get("configs", {}).get("not_covered"):

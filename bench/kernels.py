@@ -33,7 +33,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
     """(chip, direction, bits, width, rule): all rules of sm_90 in 16 bits, else those that spill first."""
     from posattn.kernels.configs import CONFIGS
 
-    from . import aot_mixing
+    from . import aot_mixing, aot_spe
     from .aot import DIRECTIONS, HEAVIEST, SOFTCAP
 
     made: list[tuple[Any, ...]] = []
@@ -45,7 +45,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
             rules = HEAVIEST[direction]
         if chips is None or chip in chips:
             made += [(chip, direction, bits, width, rule) for rule in rules]
-    return made + aot_mixing.jobs(chips, everything)
+    return made + aot_mixing.jobs(chips, everything) + aot_spe.jobs(chips, everything)
 
 
 def _enter_worker(hip: bool) -> None:
@@ -58,9 +58,12 @@ def _enter_worker(hip: bool) -> None:
 
 
 def _work(job: tuple[Any, ...]) -> dict[str, Any]:
-    from . import aot, aot_mixing
+    from . import aot, aot_mixing, aot_spe
 
-    return (aot_mixing if job[1] in aot_mixing.KERNELS else aot).compile_and_count(*job)
+    for special in (aot_mixing, aot_spe):
+        if job[1] in special.KERNELS:
+            return special.compile_and_count(*job)
+    return aot.compile_and_count(*job)
 
 
 def compile_all(todo: list[tuple[Any, ...]], workers: int) -> list[dict[str, Any]]:
@@ -172,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows there")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes (2)")
     parser.add_argument("--update-budget", action="store_true", help=f"rewrite tests/{BUDGET.name} (sm_90, 16 bits)")
-    parser.add_argument("--predict", action="store_true", help="instead: what a call with DAPE should take on an H200")
+    parser.add_argument("--predict", action="store_true", help="instead: what DAPE and SPE should take on an H200")
     arguments = parser.parse_args(argv)
     # Compiled, not interpreted: workers inherit the environment, and only they import the kernels.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -182,9 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     from .aot import CHIPS
 
     if arguments.predict:
-        from .aot_mixing import prediction
+        from . import aot_mixing, aot_spe
 
-        print(prediction())
+        print(aot_mixing.prediction(), aot_spe.prediction(), sep="\n\n")
         return 0
 
     chips = arguments.arch.split(",") if arguments.arch else ["sm_90"] if arguments.update_budget else None

@@ -1,12 +1,12 @@
 """Linear attention in chunks: what a block of rows reads, by its features or by its values.
 
-`read_by_feature`: sum_j (f(x_i) . f(z_j)) w_j y_j, the output (x queries, z keys, y values) and the gradient of the values
-(x keys, z queries, y grad_out). `read_by_value`: sum_j (x_i . y_j + one scalar) w_j f(z_j), the gradient of the features
-(x grad_out, y values, z keys for the queries; x values, y grad_out, z queries for the keys). In both, j runs over what
-stands before (or behind) row i: chunks other than its own through their summed state, its own pair by pair.
+`read_by_feature`: sum_j (f(x_i) . f(z_j)) w_j y_j, the output (x queries, z keys, y values) and the gradient of the
+values (x keys, z queries, y grad_out). `read_by_value`: sum_j (x_i . y_j + a number) w_j f(z_j), the gradient of the
+features (x grad_out, y values, z keys for the queries; x values, y grad_out, z queries for the keys). In both, j runs
+over what stands before (or behind) row i: chunks other than its own through their summed state, its own pair by pair.
 
-fp16 products need numbers that fit (sums over a million positions do not, nor do reciprocals of them): tiles are divided
-by their largest entry, the features of a row by theirs, and what was divided comes back in fp32.
+fp16 products need numbers that fit (sums over a million positions do not, nor do reciprocals of them): tiles are
+divided by their largest entry, the features of a row by theirs, and what was divided comes back in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_states import feature_slope, load_features, load_features_transposed, narrow
+from .chunk_states import counted_rows, feature_slope, load_features, load_features_transposed, narrow
 from .tile import load_columns, load_rows
 
 
@@ -29,7 +29,7 @@ def visible(m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FUTURE: tl.con
         return n[None, :] <= m[:, None]
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "chunks"])
 def read_by_feature(
     X, Z, Y, W, XMASK, ZMASK, STATES, SUMS, OUT, DEN, x_b, x_h, x_l, z_b, z_h, z_l, y_b, y_h, y_l, o_b, o_h, o_l,
     p_b, L, chunks, H, eps,
@@ -61,7 +61,7 @@ def read_by_feature(
         place += chunk
     f = load_features(X, XMASK, m0, x_l, L, 0, BLOCK_M, WIDTH, R, MAP)
     scale = 1.0
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         scale = tl.max(tl.abs(f), 1)
         scale = tl.where(scale > 0.0, scale, 1.0)
         f = f / scale[:, None]
@@ -87,21 +87,21 @@ def read_by_feature(
             c = tl.arange(0, BLOCK_V)[None, :]
             y = tl.load(
                 Y + tl.cast(n0, tl.int64) * y_l + (n.to(tl.int64) * y_l + c),
-                mask=(n < L - n0) & (v0 + c < DV), other=0.0,
+                mask=counted_rows(ZMASK, n0, L, BLOCK_N)[:, None] & (v0 + c < DV), other=0.0,
             )  # fmt: skip
             if DEN is not None:
                 total += tl.sum(p, 1)
             if W is not None:
                 p = p * tl.load(W + n0 + tl.arange(0, BLOCK_N), mask=tl.arange(0, BLOCK_N) < L - n0, other=0.0)[None, :]
             p, most = narrow(p, DTYPE)
-            if DTYPE == tl.float16:
+            if tl.float16 == DTYPE:
                 acc += tl.dot(p, y, input_precision=PRECISION) * most
             else:
                 acc = tl.dot(p, y, acc, input_precision=PRECISION)
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         acc = acc * scale[:, None]
     if DEN is not None:
-        if DTYPE == tl.float16:
+        if tl.float16 == DTYPE:
             total = total * scale
         den = tl.where(total >= 0.0, total + eps, total - eps)
         acc = acc / den[:, None]
@@ -112,7 +112,7 @@ def read_by_feature(
     tl.store(pointers, acc.to(OUT.dtype.element_ty), mask=(i < L)[:, None] & (v < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "chunks"])
 def read_by_value(
     X, Y, Z, RAW, WX, X0, WY, Y0, XMASK, ZMASK, STATES, SUMS, OUT,
     x_b, x_h, x_l, y_b, y_h, y_l, z_b, z_h, z_l, r_b, r_h, r_l, o_b, o_h, o_l, p_b, L, chunks, H,
@@ -179,8 +179,11 @@ def read_by_value(
             seen = visible(m0, n0, BLOCK_M, BLOCK_N, FUTURE)
             if XMASK is not None:
                 seen = seen & counted[:, None]
+            if ZMASK is not None:
+                # Whatever stands in the values of a masked key does not count.
+                seen = seen & counted_rows(ZMASK, n0, L, BLOCK_N)[None, :]
             g, most = narrow(tl.where(seen, g, 0.0), DTYPE)
-            if DTYPE == tl.float16:
+            if tl.float16 == DTYPE:
                 acc += tl.dot(g, z, input_precision=PRECISION) * most
             else:
                 acc = tl.dot(g, z, acc, input_precision=PRECISION)

@@ -1,8 +1,8 @@
 """Linear attention in chunks: the feature maps, the state of each chunk, and the running sum of states.
 
-With features f = phi(x) a query needs of all keys behind it only sum_j f(k_j) v_j^T [R, DV] and sum_j f(k_j) [R]. A chunk's
-own state is a product over its positions; the exclusive running sum over chunks is what its queries start from. Backward
-is the same with queries, grad_out / den and the order turned round, so every kernel here serves both.
+With features f = phi(x) a query needs of all keys behind it only sum_j f(k_j) v_j^T [R, DV] and sum_j f(k_j) [R]. A
+chunk's own state is a product over its positions; the exclusive running sum over chunks is what its queries start from.
+Backward is the same with queries, grad_out / den and the order turned round, so every kernel here serves both.
 """
 
 from __future__ import annotations
@@ -47,30 +47,34 @@ def counted_rows(mask, first, length, ROWS: tl.constexpr):
 
 @triton.jit
 def load_features(
-    base, mask, first, stride, length, r0, ROWS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr
-):
+    base, mask, first, stride, length, r0,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr,
+):  # fmt: skip
     """Features r0 .. of rows first .. -> fp32 [ROWS, WIDTH]; zero beyond the edges and where mask is 0."""
     row, r = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     wanted = counted_rows(mask, first, length, ROWS)[:, None] & (r < R - r0)
-    x = tl.load(base + tl.cast(first, tl.int64) * stride + (row.to(tl.int64) * stride + (r + r0)), mask=wanted, other=0.0)
+    base += tl.cast(first, tl.int64) * stride
+    x = tl.load(base + (row.to(tl.int64) * stride + (r + r0)), mask=wanted, other=0.0)
     return tl.where(wanted, feature(x.to(tl.float32), MAP), 0.0)
 
 
 @triton.jit
 def load_features_transposed(
-    base, mask, first, stride, length, r0, ROWS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr
-):
+    base, mask, first, stride, length, r0,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr,
+):  # fmt: skip
     """The same -> fp32 [WIDTH, ROWS]."""
     row, r = tl.arange(0, ROWS)[None, :], tl.arange(0, WIDTH)[:, None]
     wanted = counted_rows(mask, first, length, ROWS)[None, :] & (r < R - r0)
-    x = tl.load(base + tl.cast(first, tl.int64) * stride + (row.to(tl.int64) * stride + (r + r0)), mask=wanted, other=0.0)
+    base += tl.cast(first, tl.int64) * stride
+    x = tl.load(base + (row.to(tl.int64) * stride + (r + r0)), mask=wanted, other=0.0)
     return tl.where(wanted, feature(x.to(tl.float32), MAP), 0.0)
 
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """An fp32 tile in DTYPE, and what to multiply its products by: fp16 holds it divided by its largest entry."""
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         largest = tl.max(tl.max(tl.abs(x), 1), 0)
         largest = tl.where(largest > 0.0, largest, 1.0)
         return (x / largest).to(DTYPE), largest
@@ -78,7 +82,7 @@ def narrow(x, DTYPE: tl.constexpr):
         return x.to(DTYPE), 1.0
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "chunks"])
 def chunk_states(
     X, Y, W, Y0, MASK, STATES, SUMS, x_b, x_h, x_l, y_b, y_h, y_l, p_b, L, chunks, H,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -113,7 +117,7 @@ def chunk_states(
         row = tl.arange(0, BLOCK_N)
         y = tl.load(
             Y + tl.cast(first, tl.int64) * y_l + (row[:, None].to(tl.int64) * y_l + tl.arange(0, BLOCK_V)[None, :]),
-            mask=(row < L - first)[:, None] & (v < DV)[None, :], other=0.0,
+            mask=counted_rows(MASK, first, L, BLOCK_N)[:, None] & (v < DV)[None, :], other=0.0,
         )  # fmt: skip
         if W is None:
             state = tl.dot(f.to(y.dtype), y, state, input_precision=PRECISION)
@@ -130,13 +134,14 @@ def chunk_states(
     tl.store(SUMS + place * R + r, total, mask=(r < R) & (v0 == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def scan_chunks(
     STATES, START, TOTAL, chunks, size, REVERSE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     """In place, of [BH, chunks, size]: what stands before each chunk (behind it, if REVERSE), START included."""
-    bh = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    blocks = tl.cdiv(size, BLOCK_E)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
     STATES += bh * chunks * size
     carry = tl.zeros([BLOCK_E], tl.float32)
     if START is not None:
@@ -157,7 +162,7 @@ def scan_chunks(
         tl.store(TOTAL + bh * size + e, carry, mask=e < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "rows"])
 def row_products(
     OUT, DO, DEN, W, Y0, o_b, o_h, o_l, do_b, do_h, do_l, L, rows, H,
     BLOCK: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,

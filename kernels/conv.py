@@ -1,11 +1,11 @@
-"""ConvSPE's features, made from q, k, the filters and noise that is generated where it is read (Liutkus et al., ICML 2021).
+"""ConvSPE's features, made from q, k, the filters and noise generated where it is read (Liutkus et al., ICML 2021).
 
     xhat[m, r] = sum_d x[m, d] T_d[m, r],    T_d[m, r] = sum_a w_d[a] z_d[m + a, r] + gate_d[r]
 
 T_d of a block of rows is a product of w_d as a Toeplitz matrix [rows, rows + taps] and the block's noise. The noise is
-N(0, 1) by Box and Muller's transform of Philox4x32-10 (Salmon et al., SC 2011), whose counter is the place of the number
-(position + tap, realization // 4, head * D + d), so that any block makes its own part of it, at any time, anywhere; or it is
-read from a tensor [H, D, T, R].
+N(0, 1) by Box and Muller's transform of Philox4x32-10 (Salmon et al., SC 2011), whose counter is the place of the
+number (position + tap, realization // 4, head * D + d), so that any block makes its own part of it, at any time,
+anywhere; or it is read from a tensor [H, D, T, R].
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def filtered(
         total += tl.load(GATE + hd * R + r, mask=r < R, other=0.0)[None, :]
     for j0 in tl.range(0, ROWS + taps - 1, BLOCK_N):
         weights = load_scattered(FILTER + hd * PITCH + (BLOCK_N + ROWS) + j0 + (j - i)).to(DTYPE)
-        z = noise_tile(NOISE, hd, first + j0, T, r0, BLOCK_N, R, WIDTH, DTYPE != tl.float32)
+        z = noise_tile(NOISE, hd, first + j0, T, r0, BLOCK_N, R, WIDTH, tl.float32 != DTYPE)
         total += tl.dot(weights, z.to(DTYPE), input_precision=PRECISION)
     return total
 
@@ -142,7 +142,7 @@ def filter_gradient(
     total = tl.zeros([ROWS, ROWS], tl.float32)
     for m0 in tl.range(0, L, ROWS):
         first = tl.cast(start, tl.int64) + m0 + shift * ROWS
-        z = noise_tile(NOISE, hd, first, T, 0, ROWS, R, WIDTH, DTYPE != tl.float32).to(DTYPE)
+        z = noise_tile(NOISE, hd, first, T, 0, ROWS, R, WIDTH, tl.float32 != DTYPE).to(DTYPE)
         for b in tl.range(0, B):
             at = tl.cast(b, tl.int64)
             x = tl.load(X + at * x_b + h * x_h + (m0 + i).to(tl.int64) * x_l + d, mask=m0 + i < L, other=0.0)

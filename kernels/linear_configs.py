@@ -1,4 +1,9 @@
-"""Which tile each kernel of linear attention and of SPE runs with, as in configs.py: rows of numbers, no code in rows."""
+"""Which tile each kernel of linear attention and of SPE runs with: rows of numbers by GPU, kernel, dtype and size.
+
+A row serves sizes up to its own: of `states`, `features` and `values` the larger of features and values; of `sine
+forward` the slots a dimension has (sines and gate, padded to a power of two); of the others the realizations. Chosen by
+spills and instructions, ahead of time (python -m bench kernels); none is measured yet.
+"""
 
 from __future__ import annotations
 
@@ -9,57 +14,36 @@ import torch
 from . import configs
 
 
-class ChunkConfig(NamedTuple):
+class Tile(NamedTuple):
     block_m: int  # rows of a program
-    block_n: int  # rows or columns taken at a time
-    block_r: int  # features of a program, at most
+    block_n: int  # rows taken at a time; of a convolution, positions of its noise
+    block_r: int  # features of a program, at most; of `sine backward`, slots taken at a time
     block_v: int  # values of a program, at most
     num_warps: int
     num_stages: int
     fp32: str = "ieee"
 
 
-def pick_chunk(q: torch.Tensor, kernel: str, width: int) -> ChunkConfig:
-    chip = configs.arch(q.device)
+# fmt: off
+TILES: dict[tuple[str, str, int], dict[int, Tile]] = {
+}
+# fmt: on
+CHUNKED = ("states", "features", "values")
+
+
+def pick(x: torch.Tensor, kernel: str, size: int) -> Tile:
+    chip = configs.arch(x.device)
     if chip == "interpreter":
-        return ChunkConfig(16, 16, 32, 32, 4, 1)
-    return ChunkConfig(64, 64, 64, 64, 4, 2)
+        return Tile(16, 16, 32, 32, 4, 1) if kernel in CHUNKED else Tile(32, 32, 32, 32, 4, 1)
+    rows = TILES[chip, kernel, x.element_size() * 8]
+    return rows[min(limit for limit in rows if limit >= size)]
 
 
-class SineConfig(NamedTuple):
-    block_m: int  # rows of a program
-    block_r: int  # forward: features of a program, at most; backward: slots taken at a time
-    num_warps: int
-    num_stages: int
-    fp32: str = "ieee"
+def largest(chip: str, kernel: str, bits: int) -> int:
+    """The size up to which there is a row."""
+    return 256 if chip == "interpreter" else max(TILES[chip, kernel, bits])
 
 
-def pick_sine(q: torch.Tensor, kernel: str, slots: int, realizations: int) -> SineConfig:
-    if configs.arch(q.device) == "interpreter":
-        return SineConfig(32, 32, 4, 1)
-    return SineConfig(128, 64, 8, 2)
-
-
-def local_rows(q: torch.Tensor) -> int:
-    """For how many rows local angles are kept: the largest block_m of a chip."""
-    return 32 if configs.arch(q.device) == "interpreter" else 128
-
-
-def run_of(q: torch.Tensor, blocks: int) -> int:
-    """How many blocks of rows a program of the backward takes: more, fewer partial sums; fewer, more programs."""
-    return 2 if configs.arch(q.device) == "interpreter" else 4 if blocks >= 2048 else 1
-
-
-class ConvConfig(NamedTuple):
-    block_m: int  # rows of a program
-    block_n: int  # noise positions taken at a time
-    block_r: int  # realizations of a program of the forward, at most
-    num_warps: int
-    num_stages: int
-    fp32: str = "ieee"
-
-
-def pick_conv(q: torch.Tensor, kernel: str, realizations: int) -> ConvConfig:
-    if configs.arch(q.device) == "interpreter":
-        return ConvConfig(32, 32, 32, 4, 1)
-    return ConvConfig(64, 64, 64, 4, 1)
+def run_of(x: torch.Tensor, blocks: int) -> int:
+    """How many blocks of rows a program of `sine backward` takes: more, fewer partial sums; fewer, more programs."""
+    return 2 if configs.arch(x.device) == "interpreter" else 4 if blocks >= 2048 else 1

@@ -36,7 +36,7 @@ class Chunks:
             self.chunk = 32
 
     def run(self, kernel: Any, kind: str, programs, like: Tensor, *, blocks: tuple[str, ...], **arguments: Any) -> None:
-        config = linear_configs.pick_chunk(like, kind, max(padded(self.features), padded(self.values)))
+        config = linear_configs.pick(like, kind, max(padded(self.features), padded(self.values)))
         sizes = dict(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=min(config.block_r, padded(self.features)),
             BLOCK_V=min(config.block_v, padded(self.values)), WIDTH=padded(self.features),
@@ -79,7 +79,7 @@ class Chunks:
             size = made[0, 0].numel()
             first = None if first is None else first.contiguous()
             with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-                scan_chunks[(triton.cdiv(size, 64), heads)](
+                scan_chunks[(triton.cdiv(size, 64) * heads,)](
                     made, first, total, chunks, size, REVERSE=reverse, BLOCK_C=16, BLOCK_E=64, num_warps=4
                 )
         if not self.causal:

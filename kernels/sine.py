@@ -3,9 +3,9 @@
     xhat[m, r] = sum_d x[m, d] T_d[m, r]
     T_d[m, r]  = sum_k gain_dk (cos(theta) zc_dk[r] + sin(theta) zs_dk[r]),    theta = 2 pi turns_dk m + phase_dk
 
-In a block of rows m = m0 + i the angle is that of m0 plus a local one, so T_d = LOCAL_d @ rotated noise: LOCAL_d holds the
-cosines and sines of the local angles and is the same for every block; the noise of 2 K rows is turned by m0's angle,
-once a block. No sine is taken a position. The gate is one more slot, of frequency 0, whose cosine is 1.
+In a block of rows m = m0 + i the angle is that of m0 plus a local one, so T_d = LOCAL_d @ turned noise: LOCAL_d holds
+the cosines and sines of the local angles and is the same for every block; the noise of 2 K rows is turned by m0's
+angle, once a block. No sine is taken a position. The gate is one more slot, of frequency 0, whose cosine is 1.
 
 Angles are kept in turns as 64-bit integers, modulo 2^64: m0's is exact at any position, and wraps for free.
 Slots are padded to KP, a power of two; cosines of all slots first, then sines.
@@ -50,12 +50,12 @@ def load_column(pointers):
     DTYPE: tl.constexpr = pointers.dtype.element_ty
     if not ASM_LOADS:
         return tl.load(pointers).to(tl.float32)
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 t, z; mov.b16 z, 0; ld.global.nc.b16 t, [$1]; mov.b32 $0, {z, t}; }", "=f,l", [pointers],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-    elif DTYPE == tl.float16:
+    elif tl.float16 == DTYPE:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 t; ld.global.nc.b16 t, [$1]; cvt.f32.f16 $0, t; }", "=f,l", [pointers],
             dtype=tl.float32, is_pure=True, pack=1,
@@ -65,12 +65,45 @@ def load_column(pointers):
 
 
 @triton.jit
-def local_angles(TURNS, LOCAL, ROWS: tl.constexpr, KP: tl.constexpr):
-    """LOCAL [H * D, ROWS, 2 KP]: cosines, then sines, of i turns, i < ROWS."""
+def fixed(turns):
+    """fp64 turns in 2^-64 of a turn, modulo 1."""
+    return ((turns - tl.floor(turns)) * 4611686018427387904.0 + 0.5).to(tl.int64) * 4
+
+
+@triton.jit
+def prepare_sines(
+    TURNS_IN, PHASES_IN, GAINS_IN, NOISE_IN, GATE_IN, GATE_NOISE, TURNS, PHASES, GAINS, NOISE, LOCAL,
+    SINES: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What the kernels read, of one dimension of one head: slots, noise [2 KP, R] with cosines first, local angles.
+
+    TURNS_IN, PHASES_IN (in turns, too) and GAINS_IN [H, D, SINES], fp64; NOISE_IN [H, D, 2 SINES, R] by turns a cosine
+    and a sine; LOCAL [H, D, ROWS, 2 KP] becomes the cosines, then the sines, of i turns, i < ROWS.
+    """
     hd = tl.program_id(0).to(tl.int64)
-    i, k = tl.arange(0, ROWS)[:, None], tl.arange(0, KP)[None, :]
-    x = angle(tl.load(TURNS + hd * KP + k) * i.to(tl.int64))
-    pointers = LOCAL + hd * (ROWS * 2 * KP) + i * (2 * KP) + k
+    k = tl.arange(0, KP)
+    real = k < SINES
+    turns = fixed(tl.load(TURNS_IN + hd * SINES + k, mask=real, other=0.0))
+    phases = fixed(tl.load(PHASES_IN + hd * SINES + k, mask=real, other=0.0))
+    gains = tl.load(GAINS_IN + hd * SINES + k, mask=real, other=0.0)
+    if GATE_IN is not None:
+        gains = tl.where(k == SINES, tl.load(GATE_IN + hd), gains)
+    tl.store(TURNS + hd * KP + k, turns)
+    tl.store(PHASES + hd * KP + k, phases)
+    tl.store(GAINS + hd * KP + k, gains.to(tl.float32))
+    c = tl.arange(0, 2 * KP)
+    for r0 in tl.range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        source = NOISE_IN + (hd * (2 * SINES) + (c % KP) * 2 + c // KP)[:, None] * R + r[None, :]
+        z = tl.load(source, mask=(c % KP < SINES)[:, None] & (r < R)[None, :], other=0.0)
+        if GATE_IN is not None:
+            e = tl.load(GATE_NOISE + hd * R + r, mask=r < R, other=0.0)
+            z = tl.where((c == SINES)[:, None], e[None, :], z)
+        to = NOISE + (hd * (2 * KP) + c)[:, None] * R + r[None, :]
+        tl.store(to, z.to(NOISE.dtype.element_ty), mask=(r < R)[None, :])
+    i = tl.arange(0, ROWS)[:, None]
+    x = angle(turns[None, :] * i.to(tl.int64))
+    pointers = LOCAL + hd * (ROWS * 2 * KP) + i * (2 * KP) + k[None, :]
     tl.store(pointers, tl.cos(x).to(LOCAL.dtype.element_ty))
     tl.store(pointers + KP, tl.sin(x).to(LOCAL.dtype.element_ty))
 
@@ -88,7 +121,7 @@ def turned(z, partner, turns, phase, gain, base, KP: tl.constexpr, FAST: tl.cons
 def sine_forward(
     Q, K, QHAT, KHAT, LOCAL, NOISE, GAINS, TURNS, PHASES, q_b, q_h, q_l, k_b, k_h, k_l, q_start, k_start, Lq, Lk, B, H,
     D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, KP: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Features [B, H, L, R] of BLOCK_M queries and of as many keys, which share LOCAL and the noise."""
     r_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -99,20 +132,20 @@ def sine_forward(
     hb = pid // r_blocks // blocks  # a head's programs are neighbours: its LOCAL and noise stay in L2
     h, b = (hb // B).to(tl.int64), (hb % B).to(tl.int64)
     DTYPE: tl.constexpr = LOCAL.dtype.element_ty
-    FAST: tl.constexpr = DTYPE != tl.float32
+    FAST: tl.constexpr = tl.float32 != DTYPE
     i, c = tl.arange(0, BLOCK_M), tl.arange(0, 2 * KP)
     # Rows beyond the end read the last one, and are not stored.
     q_rows = Q + b * q_b + h * q_h + tl.minimum(m0 + i, Lq - 1).to(tl.int64) * q_l
     k_rows = K + b * k_b + h * k_h + tl.minimum(m0 + i, Lk - 1).to(tl.int64) * k_l
     q_base, k_base = tl.cast(q_start, tl.int64) + m0, tl.cast(k_start, tl.int64) + m0
-    LOCAL += h * (D * ROWS * 2 * KP)
+    LOCAL += h * (D * BLOCK_M * 2 * KP)
     NOISE += h * (D * 2 * KP * R)
     q_sum = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     k_sum = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for d in tl.range(0, D):
         at = (h * D + d) * KP + c % KP
         turns, phase, gain = tl.load(TURNS + at), tl.load(PHASES + at), tl.load(GAINS + at)
-        local = tl.load(LOCAL + d * (ROWS * 2 * KP) + (i[:, None] * (2 * KP) + c[None, :]))
+        local = tl.load(LOCAL + d * (BLOCK_M * 2 * KP) + (i[:, None] * (2 * KP) + c[None, :]))
         noise = NOISE + d * (2 * KP * R)
         z = tl.load(noise + (c[:, None] * R + r[None, :]), mask=(r < R)[None, :], other=0.0)
         partner = tl.load(noise + ((c + KP) % (2 * KP))[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
@@ -129,11 +162,17 @@ def sine_forward(
     tl.store(pointers, k_sum.to(KHAT.dtype.element_ty), mask=(m0 + i < Lk)[:, None] & (r < R)[None, :])
 
 
+@triton.jit
+def add_three(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
 @triton.jit(do_not_specialize=["start", "L", "runs"])
 def sine_backward(
-    X, G, DX, PART, LOCAL, NOISE, GAINS, TURNS, PHASES, x_b, x_h, x_l, g_b, g_h, g_l, d_b, d_h, d_l, start, L, runs, B, H,
+    X, G, DX, PART, LOCAL, NOISE, GAINS, TURNS, PHASES, x_b, x_h, x_l, g_b, g_h, g_l, d_b, d_h, d_l,
+    start, L, runs, B, H,
     RUN: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, KP: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dX from G [B, H, L, R], and PART [B * runs, H, D, 3, KP]: of each slot the sums over a run of blocks of
 
@@ -147,7 +186,7 @@ def sine_backward(
     hb = pid // runs
     h, b = (hb // B).to(tl.int64), (hb % B).to(tl.int64)
     DTYPE: tl.constexpr = LOCAL.dtype.element_ty
-    FAST: tl.constexpr = DTYPE != tl.float32
+    FAST: tl.constexpr = tl.float32 != DTYPE
     X += b * x_b + h * x_h
     G += b * g_b + h * g_h
     i, slot, r = tl.arange(0, BLOCK_M), tl.arange(0, DIMS * KP), tl.arange(0, WIDTH)
@@ -171,24 +210,29 @@ def sine_backward(
             zs = tl.load(noise + KP * R, mask=wanted, other=0.0).to(tl.float32)
             uc = tl.dot(g, (zc * co[None, :] + zs * si[None, :]).to(DTYPE), input_precision=PRECISION)
             us = tl.dot(g, (zs * co[None, :] - zc * si[None, :]).to(DTYPE), input_precision=PRECISION)
-            local = LOCAL + (row * (ROWS * 2 * KP) + k)[None, :] + i[:, None] * (2 * KP)
-            wc = tl.load(local, mask=inside[None, :], other=0.0).to(tl.float32)
-            ws = tl.load(local + KP, mask=inside[None, :], other=0.0).to(tl.float32)
+            uc, us = uc.reshape(BLOCK_M, DIMS, KP), us.reshape(BLOCK_M, DIMS, KP)
+            dims, k = d0 + tl.arange(0, DIMS), tl.arange(0, KP)
+            inside = dims < D
+            at = (h * D + dims)[:, None] * KP + k[None, :]
+            local = LOCAL + (((h * D + dims) * (BLOCK_M * 2 * KP))[:, None] + k[None, :])[None, :, :]
+            local += i[:, None, None] * (2 * KP)
+            wc = tl.load(local, mask=inside[None, :, None], other=0.0).to(tl.float32)
+            ws = tl.load(local + KP, mask=inside[None, :, None], other=0.0).to(tl.float32)
             along = uc * wc + us * ws
-            dims = d0 + tl.arange(0, DIMS)
-            live = (m0 + i < L)[:, None] & (dims < D)[None, :]
+            live = (m0 + i < L)[:, None] & inside[None, :]
             if DX is not None:
-                gain = tl.load(GAINS + row * KP + k, mask=inside, other=0.0)
-                dx = tl.sum((along * gain[None, :]).reshape(BLOCK_M, DIMS, KP), 2)
+                gain = tl.load(GAINS + at, mask=inside[:, None], other=0.0)
+                dx = tl.sum(along * gain[None, :, :], 2)
                 to = DX + b * d_b + h * d_h + ((m0 + i).to(tl.int64)[:, None] * d_l + dims[None, :])
                 tl.store(to, dx.to(DX.dtype.element_ty), mask=live)
             if PART is not None:
                 x = tl.load(X + ((m0 + i).to(tl.int64)[:, None] * x_l + dims[None, :]), mask=live, other=0.0)
-                x = tl.broadcast_to(x.to(tl.float32)[:, :, None], [BLOCK_M, DIMS, KP]).reshape(BLOCK_M, DIMS * KP)
+                x = x.to(tl.float32)[:, :, None]
                 t = x * (us * wc - uc * ws)
-                gained, turn = tl.sum(x * along, 0), tl.sum(t, 0)
-                moment = tl.sum(t * (i + block * BLOCK_M).to(tl.float32)[:, None], 0)
-                part = PART + (((b * runs + run) * H + h) * D + d) * (3 * KP) + k
+                place = (i + block * BLOCK_M).to(tl.float32)
+                gained, turn, moment = tl.reduce((x * along, t, t * place[:, None, None]), 0, add_three)
+                part = PART + ((((b * runs + run) * H + h) * D + dims) * (3 * KP))[:, None] + k[None, :]
+                inside = inside[:, None]
                 if block > 0:
                     gained += tl.load(part, mask=inside, other=0.0)
                     turn += tl.load(part + KP, mask=inside, other=0.0)

@@ -1,7 +1,7 @@
 """From tensors to kernels: the features of SineSPE and ConvSPE, forward and backward.
 
-q [B, H, Lq, D] and k [B, H, Lk, D] of one dtype give features [B, H, L, R]; rows stand at start, start + 1, ... Inputs are
-taken as checked.
+q [B, H, Lq, D] and k [B, H, Lk, D] of one dtype give features [B, H, L, R]; rows stand at start, start + 1, ...
+Inputs are taken as checked.
 """
 
 from __future__ import annotations
@@ -14,50 +14,48 @@ import triton
 from torch import Tensor
 
 from . import configs, linear_configs
-from .conv import conv_backward as conv_backward_kernel, conv_forward as conv_forward_kernel, filter_gradient
+from .conv import conv_backward as conv_backward_kernel
+from .conv import conv_forward as conv_forward_kernel
+from .conv import filter_gradient
 from .launch import padded, rows_contiguous, strides
-from .sine import local_angles, sine_backward as sine_backward_kernel, sine_forward as sine_forward_kernel
+from .sine import prepare_sines
+from .sine import sine_backward as sine_backward_kernel
+from .sine import sine_forward as sine_forward_kernel
 
 
 def on(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def fixed(turns: Tensor) -> Tensor:
-    """Float64 turns as int64 in 2^-64 of a turn, modulo 1."""
-    return (turns.remainder(1.0) * 2.0**62).round().to(torch.int64) * 4
-
-
 class Sines:
     """What the kernels read instead of position codes, made once a call: nothing here grows with the length."""
 
-    def __init__(self, q: Tensor, turns, phases, gains, noise, gate_gains, gate_noise):
+    def __init__(self, kind: str, q: Tensor, length: int, turns, phases, gains, noise, gate_gains, gate_noise):
         self.heads, self.dim, self.sines = turns.shape
         self.realizations = noise.shape[-1]
-        slots = self.sines + (gate_gains is not None)
-        self.slots = max(8, triton.next_power_of_2(slots))
+        self.slots = max(8, triton.next_power_of_2(self.sines + (gate_gains is not None)))
+        self.config = linear_configs.pick(q, kind, self.slots if kind == "sine forward" else self.realizations)
+        # A short sequence, or one token, takes a short block.
+        self.rows = min(self.config.block_m, max(16, triton.next_power_of_2(length)))
         shape = self.heads, self.dim, self.slots
-        self.turns = turns.new_zeros(shape, dtype=torch.int64)
-        self.turns[..., : self.sines] = fixed(turns)
-        self.phases = torch.zeros_like(self.turns)
-        self.phases[..., : self.sines] = fixed(phases / (2 * math.pi))
-        self.gains = gains.new_zeros(shape, dtype=torch.float32)
-        self.gains[..., : self.sines] = gains
-        self.noise = noise.new_zeros(self.heads, self.dim, 2, self.slots, self.realizations, dtype=q.dtype)
-        self.noise[:, :, :, : self.sines] = noise.unflatten(2, (self.sines, 2)).transpose(2, 3)
-        if gate_gains is not None:
-            self.gains[..., self.sines] = gate_gains
-            self.noise[:, :, 0, self.sines] = gate_noise
-        self.rows = linear_configs.local_rows(q)
+        self.turns, self.phases = turns.new_empty(2, *shape, dtype=torch.int64).unbind()
+        self.gains = gains.new_empty(shape, dtype=torch.float32)
+        self.noise = q.new_empty(self.heads, self.dim, 2 * self.slots, self.realizations)
         self.local = q.new_empty(self.heads, self.dim, self.rows, 2 * self.slots)
+        gate = (None, None) if gate_gains is None else (gate_gains.contiguous(), gate_noise.contiguous())
+        codes = (x.contiguous() for x in (turns, phases / (2 * math.pi), gains, noise))
         with on(q):
-            local_angles[(self.heads * self.dim,)](self.turns, self.local, ROWS=self.rows, KP=self.slots, num_warps=4)
+            prepare_sines[(self.heads * self.dim,)](
+                *codes, *gate, self.turns, self.phases, self.gains, self.noise, self.local, SINES=self.sines,
+                R=self.realizations, ROWS=self.rows, KP=self.slots, BLOCK_R=16, num_warps=4,
+            )  # fmt: skip
 
-    def launch(self, kernel, q: Tensor, programs: int, config: linear_configs.SineConfig, **arguments) -> None:
+    def launch(self, kernel, q: Tensor, programs: int, **arguments) -> None:
+        config = self.config
         with on(q):
             kernel[(programs,)](
                 LOCAL=self.local, NOISE=self.noise, GAINS=self.gains, TURNS=self.turns, **arguments, B=q.shape[0],
-                H=self.heads, D=self.dim, R=self.realizations, KP=self.slots, BLOCK_M=config.block_m, ROWS=self.rows,
+                H=self.heads, D=self.dim, R=self.realizations, KP=self.slots, BLOCK_M=self.rows,
                 PRECISION=configs.dot_precision(q, config), num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
 
@@ -67,15 +65,14 @@ def sine_forward(
     gate_noise: Tensor | None, query_start: int, key_start: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> features of q and of k, in their dtype."""
-    p = Sines(q, turns, phases, gains, noise, gate_gains, gate_noise)
+    length = max(q.shape[2], k.shape[2])
+    p = Sines("sine forward", q, length, turns, phases, gains, noise, gate_gains, gate_noise)
     q, k = rows_contiguous(q), rows_contiguous(k)
     made = tuple(x.new_empty(*x.shape[:3], p.realizations) for x in (q, k))
-    config = linear_configs.pick_sine(q, "sine forward", p.slots, p.realizations)
-    block_r = min(config.block_r, padded(p.realizations))
-    blocks = triton.cdiv(max(q.shape[2], k.shape[2]), config.block_m)
-    programs = q.shape[0] * p.heads * blocks * triton.cdiv(p.realizations, block_r)
+    block_r = min(p.config.block_r, padded(p.realizations))
+    programs = q.shape[0] * p.heads * triton.cdiv(length, p.rows) * triton.cdiv(p.realizations, block_r)
     p.launch(
-        sine_forward_kernel, q, programs, config, Q=q, K=k, QHAT=made[0], KHAT=made[1], PHASES=p.phases,
+        sine_forward_kernel, q, programs, Q=q, K=k, QHAT=made[0], KHAT=made[1], PHASES=p.phases,
         **strides(q=q, k=k), q_start=query_start, k_start=key_start, Lq=q.shape[2], Lk=k.shape[2], BLOCK_R=block_r,
     )  # fmt: skip
     return made
@@ -87,26 +84,26 @@ def sine_backward(
     need_inputs: bool, need_codes: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> dq, dk, dturns, dphases, dgains, dgate_gains, the last four in float64; what is not needed is empty."""
-    p = Sines(q, turns, phases, gains, noise, gate_gains, gate_noise)
-    config = linear_configs.pick_sine(q, "sine backward", p.slots, p.realizations)
+    length = max(q.shape[2], k.shape[2])
+    p = Sines("sine backward", q, length, turns, phases, gains, noise, gate_gains, gate_noise)
     inputs, sums = [], []
     for x, grad, start, phase in ((q, grad_q, query_start, p.phases), (k, grad_k, key_start, None)):
         x, grad = rows_contiguous(x), rows_contiguous(grad)
         batch, _, length, _ = x.shape
-        blocks = triton.cdiv(length, config.block_m)
+        blocks = triton.cdiv(length, p.rows)
         run = linear_configs.run_of(x, batch * p.heads * blocks)
         runs = triton.cdiv(blocks, run)
         dx = torch.empty_like(x) if need_inputs else None
         part = gains.new_empty(batch, runs, p.heads, p.dim, 3, p.slots, dtype=torch.float32) if need_codes else None
         p.launch(
-            sine_backward_kernel, x, batch * p.heads * runs, config, X=x, G=grad, DX=dx, PART=part, PHASES=phase,
+            sine_backward_kernel, x, batch * p.heads * runs, X=x, G=grad, DX=dx, PART=part, PHASES=phase,
             **strides(x=x, g=grad, d=x if dx is None else dx), start=start, L=length, runs=runs, RUN=run,
-            DIMS=max(1, config.block_r // p.slots), WIDTH=padded(p.realizations),
+            DIMS=max(1, p.config.block_r // p.slots), WIDTH=padded(p.realizations),
         )  # fmt: skip
         inputs.append(x.new_empty(0) if dx is None else dx)
         if part is not None:
             total = part.sum(0, dtype=torch.float64)
-            base = start + torch.arange(runs, device=x.device, dtype=torch.float64) * (run * config.block_m)
+            base = start + torch.arange(runs, device=x.device, dtype=torch.float64) * (run * p.rows)
             gained, turn, moment = total.unbind(-2)
             moment = moment.sum(0) + torch.einsum("r,rhdk->hdk", base, turn)
             sums.append((gained.sum(0), turn.sum(0), moment))
@@ -122,7 +119,7 @@ def sine_backward(
 class Filters:
     """One side of ConvSPE: its filters with zeros around them, its noise or seed, its gate."""
 
-    def __init__(self, x: Tensor, filters: Tensor, noise: Tensor, realizations: int, gate_gains, gate_noise, start: int):
+    def __init__(self, x: Tensor, filters: Tensor, noise: Tensor, realizations: int, gate_gains, gate_noise, start):
         self.heads, self.dim, self.taps = filters.shape
         self.realizations, self.start = realizations, start
         self.noise = noise if noise.dtype == torch.int64 else noise.to(x.dtype).contiguous()
@@ -134,7 +131,7 @@ class Filters:
 
     def launch(self, kernel, x: Tensor, programs, kind: str, width: str, length: int, **arguments) -> None:
         """`width` names the kernel's number of realizations a program; programs(config, that number) its programs."""
-        config = linear_configs.pick_conv(x, kind, self.realizations)
+        config = linear_configs.pick(x, kind, self.realizations)
         wide = padded(self.realizations)
         wide = min(config.block_r, wide) if width == "BLOCK_R" else wide
         zeros = config.block_m + config.block_n
@@ -171,7 +168,7 @@ class Filters:
         return dx
 
     def filter_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        config = linear_configs.pick_conv(x, "filter gradient", self.realizations)
+        config = linear_configs.pick(x, "filter gradient", self.realizations)
         rows = config.block_m
         shifts = triton.cdiv(self.taps + rows - 1, rows)
         slots = 16 if 2 * rows <= 136 else 32
@@ -199,9 +196,8 @@ def conv_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> features of q and of k, in their dtype; noise [H, D, T, R], or int64 [1], a seed."""
     sides = (q, filter_q, query_start), (k, filter_k, key_start)
-    made = [
-        Filters(x, filters, noise, realizations, gate_gains, gate_noise, start).features(x) for x, filters, start in sides
-    ]
+    rest = noise, realizations, gate_gains, gate_noise
+    made = [Filters(x, filters, *rest, start).features(x) for x, filters, start in sides]
     return made[0], made[1]
 
 

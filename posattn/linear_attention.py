@@ -67,7 +67,8 @@ def linear_attention(
             and with its noise, as if the keys of that call came before those of this one, and every query saw them.
         return_state: also return the state after the last key.
         backend: "triton" (float16, bfloat16 and float32, on a GPU with compute capability 8.0 or newer; D, Dv and
-            feature widths to 256, at most 64 sines), "blockwise" (plain PyTorch, every dtype and device), or None:
+            feature widths to 256, in float32 to 128; num_sines, a gate counted as one, to 64, in float32 to 32),
+            "blockwise" (plain PyTorch, every dtype and device), or None:
             "triton" where it serves, else "blockwise". An explicit backend is taken or refused, never replaced.
 
     Returns:
@@ -141,7 +142,7 @@ def _features(
     """What the operators take for query and key, the map that they apply to it, and the backend."""
     width = query.shape[3] if codes is None else codes.dim
     if isinstance(feature_map, Favor) or feature_map == "favor":
-        return _favor(query, key, value, codes, feature_map, start, backend)
+        return _favor(query, key, value, codes, feature_map, width, start, backend)
     chosen = checks.choose_backend(backend, query, value, width, codes)
     if codes is not None:
         query, key = codes.features(query, key, start, start, chosen)
@@ -159,11 +160,11 @@ def _favor(
     value: Tensor,
     codes: Codes | None,
     favor: Favor | str,
+    width: int,
     start: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, str, str]:
     """Positive random features. Exponents are in fp32 (fp64); so are features for fp16, whose range they may leave."""
-    width = query.shape[3] if codes is None else codes.dim
     features = FAVOR_FEATURES if isinstance(favor, str) else favor.num_features
     exact = codes is not None and codes.exact  # its features, which are wide, are not made
     backend = checks.choose_backend(backend, query, value, features if exact else max(width, features), codes)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import MAX_HEAD_DIM
+from .checks import MAX_FLOAT32_HEAD_DIM, MAX_HEAD_DIM
 from .feature_maps import Favor
 from .noise import Noise
 from .spe_codes import Codes
 from .spe_encoding import Encoding
 
-MAX_SINES = 64  # on Triton
+# On Triton: sines of a dimension, and one more for the gate (kernels/linear_configs.py has no wider rows).
+MAX_SLOTS, MAX_FLOAT32_SLOTS = 64, 32
 NAMES = ("elu", "relu", "favor")
 
 
@@ -166,7 +167,7 @@ def choose_backend(
 ) -> str:
     """ "triton" or "blockwise", as `checks.choose_backend` does; features: the widest that are known so far."""
     narrow = query[..., :1], value[..., :1]  # widths have limits of their own here
-    refusal = _why_not_triton(query.shape[3], value.shape[3], features, spe)
+    refusal = _why_not_triton(query, value, features, spe)
     if refusal is None or backend not in (None, "triton"):
         return checks.choose_backend(backend, *narrow)
     if backend is None:
@@ -175,13 +176,18 @@ def choose_backend(
     raise ValueError(f'backend="triton" {refusal}; backend="blockwise" serves it, backend=None chooses')
 
 
-def _why_not_triton(head_dim: int, value_dim: int, features: int, spe: Encoding | Codes | None) -> str | None:
-    for name, size in (("head dims", head_dim), ("value dims", value_dim), ("features", features)):
-        if size > MAX_HEAD_DIM:
-            return f"takes {name} to {MAX_HEAD_DIM}, got {size}"
-    sines = getattr(spe.spe if isinstance(spe, Codes) else spe, "num_sines", 0)
-    if sines > MAX_SINES:
-        return f"takes a SineSPE with num_sines to {MAX_SINES}, got {sines}"
+def _why_not_triton(query: Tensor, value: Tensor, features: int, spe: Encoding | Codes | None) -> str | None:
+    single = query.dtype == torch.float32
+    limit = MAX_FLOAT32_HEAD_DIM if single else MAX_HEAD_DIM
+    sizes = {"head dims": query.shape[3], "value dims": value.shape[3], "features": features}
+    for name, size in sizes.items():
+        if size > limit:
+            return f"takes {name} to {limit} in {query.dtype}, got {size}"
+    module = spe.spe if isinstance(spe, Codes) else spe
+    slots = getattr(module, "num_sines", 0) + (getattr(module, "gate", None) is not None)
+    most = MAX_FLOAT32_SLOTS if single else MAX_SLOTS
+    if slots > most:
+        return f"takes num_sines to {most} in {query.dtype}, a gate counted as one, got {slots}"
     return None
 
 

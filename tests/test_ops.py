@@ -71,8 +71,10 @@ def test_opcheck(backend, kind, need):
 
 
 def test_checkpoint_ops_names_the_forward_operators():
-    forward = torch.ops.posattn.attend_forward.default, torch.ops.posattn.mix_forward.default
-    assert list(forward) == posattn.CHECKPOINT_OPS
+    names = "attend", "mix", "linear", "sine", "conv"
+    forward = {getattr(torch.ops.posattn, f"{name}_forward").default for name in names}
+    assert set(posattn.CHECKPOINT_OPS) == forward
+    assert len(posattn.CHECKPOINT_OPS) == len(forward)
 
 
 # ------------------------------------------------------------------------------------ no work unneeded

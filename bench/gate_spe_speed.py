@@ -1,9 +1,9 @@
 """The GPU gate's figures of SPE: time and peak memory of the whole call and of its parts, beside their floors.
 
 SineSPE, causal, gated, B 1. "features" makes qhat and khat; "attention" takes them as they are; "codes in memory" is
-the formula with the codes of all positions in memory (spe_published.py). "fla" is flash-linear-attention, a package that
-need not be here, of phi(qhat) and phi(khat), made before the clock starts; its second row leaves out the denominators.
-A floor is the products of a part at RATE, and nothing else.
+the formula with the codes of all positions in memory (spe_published.py). "fla" is flash-linear-attention, a package
+that need not be here, of phi(qhat) and phi(khat), made before the clock starts; its second row leaves out the
+denominators. A floor is the products of a part at RATE, and nothing else.
 """
 
 from __future__ import annotations

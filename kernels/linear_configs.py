@@ -26,6 +26,119 @@ class Tile(NamedTuple):
 
 # fmt: off
 TILES: dict[tuple[str, str, int], dict[int, Tile]] = {
+    ("sm_80", "states", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_80", "features", 16): {128: Tile(64, 64, 64, 64, 4, 2), 256: Tile(64, 64, 64, 64, 8, 2)},
+    ("sm_80", "values", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_80", "sine forward", 16): {16: Tile(256, 64, 64, 64, 8, 2), 64: Tile(128, 64, 64, 64, 8, 2)},
+    ("sm_80", "sine backward", 16): {
+        64: Tile(128, 64, 64, 64, 8, 2),
+        128: Tile(128, 64, 64, 64, 8, 1),
+        256: Tile(128, 64, 32, 64, 8, 1),
+    },
+    ("sm_80", "conv forward", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("sm_80", "conv backward", 16): {128: Tile(64, 64, 64, 64, 4, 1), 256: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_80", "filter gradient", 16): {128: Tile(64, 64, 64, 64, 4, 1), 256: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_80", "states", 32): {128: Tile(64, 32, 64, 64, 4, 1, "tf32x3")},
+    ("sm_80", "features", 32): {64: Tile(64, 32, 64, 64, 8, 1, "tf32x3"), 128: Tile(16, 16, 64, 32, 8, 1, "tf32x3")},
+    ("sm_80", "values", 32): {64: Tile(64, 32, 64, 64, 8, 1, "tf32x3"), 128: Tile(16, 16, 32, 64, 8, 1, "tf32x3")},
+    ("sm_80", "sine forward", 32): {
+        16: Tile(128, 64, 64, 64, 8, 2, "tf32x3"),
+        32: Tile(128, 64, 64, 64, 8, 1, "tf32x3"),
+    },
+    ("sm_80", "sine backward", 32): {
+        64: Tile(128, 64, 32, 64, 8, 1, "tf32x3"),
+        128: Tile(32, 64, 16, 64, 8, 1, "tf32x3"),
+    },
+    ("sm_80", "conv forward", 32): {256: Tile(64, 32, 64, 64, 8, 1, "tf32x3")},
+    ("sm_80", "conv backward", 32): {128: Tile(64, 32, 64, 64, 8, 1, "tf32x3")},
+    ("sm_80", "filter gradient", 32): {64: Tile(32, 64, 64, 64, 4, 1, "tf32x3"), 128: Tile(32, 64, 64, 64, 4, 1)},
+    ("sm_86", "states", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_86", "features", 16): {128: Tile(64, 64, 64, 64, 4, 2), 256: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_86", "values", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_86", "sine forward", 16): {16: Tile(256, 64, 64, 64, 8, 2), 64: Tile(128, 64, 64, 64, 8, 2)},
+    ("sm_86", "sine backward", 16): {
+        64: Tile(128, 64, 64, 64, 8, 2),
+        128: Tile(128, 64, 64, 64, 8, 1),
+        256: Tile(128, 64, 32, 64, 8, 1),
+    },
+    ("sm_86", "conv forward", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("sm_86", "conv backward", 16): {128: Tile(64, 64, 64, 64, 4, 1), 256: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_86", "filter gradient", 16): {128: Tile(64, 64, 64, 64, 4, 1), 256: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_86", "states", 32): {128: Tile(64, 32, 64, 64, 4, 1, "tf32x3")},
+    ("sm_86", "features", 32): {64: Tile(64, 32, 64, 64, 8, 1, "tf32x3"), 128: Tile(16, 16, 64, 32, 8, 1, "tf32x3")},
+    ("sm_86", "values", 32): {64: Tile(64, 32, 64, 64, 8, 1, "tf32x3"), 128: Tile(16, 16, 32, 64, 8, 1, "tf32x3")},
+    ("sm_86", "sine forward", 32): {
+        16: Tile(128, 64, 64, 64, 8, 2, "tf32x3"),
+        32: Tile(128, 64, 64, 64, 8, 1, "tf32x3"),
+    },
+    ("sm_86", "sine backward", 32): {
+        64: Tile(128, 64, 32, 64, 8, 1, "tf32x3"),
+        128: Tile(32, 64, 16, 64, 8, 1, "tf32x3"),
+    },
+    ("sm_86", "conv forward", 32): {256: Tile(64, 32, 64, 64, 8, 1, "tf32x3")},
+    ("sm_86", "conv backward", 32): {128: Tile(64, 32, 64, 64, 8, 1, "tf32x3")},
+    ("sm_86", "filter gradient", 32): {64: Tile(32, 64, 64, 64, 4, 1, "tf32x3"), 128: Tile(32, 64, 64, 64, 4, 1)},
+    ("sm_90", "states", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_90", "features", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_90", "values", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_90", "sine forward", 16): {16: Tile(256, 64, 64, 64, 8, 2), 64: Tile(128, 64, 64, 64, 8, 2)},
+    ("sm_90", "sine backward", 16): {128: Tile(128, 64, 64, 64, 8, 2), 256: Tile(128, 64, 64, 64, 8, 1)},
+    ("sm_90", "conv forward", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("sm_90", "conv backward", 16): {128: Tile(64, 64, 64, 64, 4, 1), 256: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_90", "filter gradient", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("sm_90", "states", 32): {128: Tile(64, 64, 64, 64, 4, 2, "tf32x3")},
+    ("sm_90", "features", 32): {64: Tile(64, 64, 64, 64, 4, 2, "tf32x3"), 128: Tile(16, 16, 64, 32, 8, 1, "tf32x3")},
+    ("sm_90", "values", 32): {64: Tile(64, 64, 64, 64, 4, 2, "tf32x3"), 128: Tile(16, 16, 32, 64, 8, 1, "tf32x3")},
+    ("sm_90", "sine forward", 32): {32: Tile(128, 64, 64, 64, 8, 2, "tf32x3")},
+    ("sm_90", "sine backward", 32): {
+        64: Tile(128, 64, 64, 64, 8, 2, "tf32x3"),
+        128: Tile(32, 64, 32, 64, 8, 1, "tf32x3"),
+    },
+    ("sm_90", "conv forward", 32): {256: Tile(32, 32, 32, 64, 4, 1, "tf32x3")},
+    ("sm_90", "conv backward", 32): {128: Tile(32, 32, 64, 64, 8, 1, "tf32x3")},
+    ("sm_90", "filter gradient", 32): {64: Tile(32, 64, 64, 64, 4, 1, "tf32x3"), 128: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_100", "states", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_100", "features", 16): {128: Tile(64, 64, 64, 64, 4, 2), 256: Tile(64, 64, 64, 64, 8, 2)},
+    ("sm_100", "values", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("sm_100", "sine forward", 16): {16: Tile(256, 64, 64, 64, 8, 2), 64: Tile(128, 64, 64, 64, 8, 2)},
+    ("sm_100", "sine backward", 16): {128: Tile(128, 64, 64, 64, 8, 2), 256: Tile(128, 64, 64, 64, 8, 1)},
+    ("sm_100", "conv forward", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("sm_100", "conv backward", 16): {128: Tile(64, 64, 64, 64, 4, 1), 256: Tile(64, 64, 64, 64, 8, 1)},
+    ("sm_100", "filter gradient", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("sm_100", "states", 32): {128: Tile(64, 64, 64, 64, 4, 2, "tf32x3")},
+    ("sm_100", "features", 32): {64: Tile(64, 64, 64, 64, 8, 2, "tf32x3"), 128: Tile(16, 16, 64, 32, 8, 1, "tf32x3")},
+    ("sm_100", "values", 32): {64: Tile(64, 64, 64, 64, 4, 2, "tf32x3"), 128: Tile(16, 16, 32, 64, 8, 1, "tf32x3")},
+    ("sm_100", "sine forward", 32): {32: Tile(128, 64, 64, 64, 8, 2, "tf32x3")},
+    ("sm_100", "sine backward", 32): {
+        64: Tile(128, 64, 64, 64, 8, 2, "tf32x3"),
+        128: Tile(32, 64, 32, 64, 8, 1, "tf32x3"),
+    },
+    ("sm_100", "conv forward", 32): {256: Tile(32, 32, 32, 64, 4, 1, "tf32x3")},
+    ("sm_100", "conv backward", 32): {128: Tile(32, 32, 64, 64, 8, 1, "tf32x3")},
+    ("sm_100", "filter gradient", 32): {64: Tile(32, 64, 64, 64, 4, 1, "tf32x3"), 128: Tile(64, 64, 64, 64, 8, 1)},
+    ("gfx942", "states", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("gfx942", "features", 16): {256: Tile(64, 64, 64, 64, 4, 2)},
+    ("gfx942", "values", 16): {128: Tile(64, 64, 64, 64, 4, 2), 256: Tile(32, 32, 64, 64, 8, 1)},
+    ("gfx942", "sine forward", 16): {32: Tile(256, 64, 64, 64, 8, 2), 64: Tile(128, 64, 64, 64, 8, 2)},
+    ("gfx942", "sine backward", 16): {128: Tile(128, 64, 64, 64, 8, 2), 256: Tile(128, 64, 64, 64, 8, 1)},
+    ("gfx942", "conv forward", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("gfx942", "conv backward", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("gfx942", "filter gradient", 16): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("gfx942", "states", 32): {128: Tile(64, 64, 64, 64, 4, 2)},
+    ("gfx942", "features", 32): {128: Tile(64, 64, 64, 64, 4, 2)},
+    ("gfx942", "values", 32): {128: Tile(64, 64, 64, 64, 4, 2)},
+    ("gfx942", "sine forward", 32): {
+        16: Tile(256, 64, 64, 64, 8, 2),
+        32: Tile(128, 64, 64, 64, 8, 2),
+        64: Tile(128, 64, 64, 64, 8, 1),
+    },
+    ("gfx942", "sine backward", 32): {
+        64: Tile(128, 64, 64, 64, 8, 2),
+        128: Tile(64, 64, 32, 64, 8, 1),
+    },
+    ("gfx942", "conv forward", 32): {256: Tile(64, 64, 64, 64, 4, 1)},
+    ("gfx942", "conv backward", 32): {128: Tile(64, 64, 64, 64, 4, 1)},
+    ("gfx942", "filter gradient", 32): {128: Tile(64, 64, 64, 64, 4, 1)},
 }
 # fmt: on
 CHUNKED = ("states", "features", "values")
@@ -37,11 +150,6 @@ def pick(x: torch.Tensor, kernel: str, size: int) -> Tile:
         return Tile(16, 16, 32, 32, 4, 1) if kernel in CHUNKED else Tile(32, 32, 32, 32, 4, 1)
     rows = TILES[chip, kernel, x.element_size() * 8]
     return rows[min(limit for limit in rows if limit >= size)]
-
-
-def largest(chip: str, kernel: str, bits: int) -> int:
-    """The size up to which there is a row."""
-    return 256 if chip == "interpreter" else max(TILES[chip, kernel, bits])
 
 
 def run_of(x: torch.Tensor, blocks: int) -> int:

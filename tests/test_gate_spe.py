@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from bench import gate, gate_spe, gate_spe_speed, spe_truth
 from bench.gate_spe import Case
+from bench.gate_spe_cases import RARE, VARIANTS
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_kinds(kind):
 
 
 @pytest.mark.usefixtures("blockwise")
-@pytest.mark.parametrize("variant", [name for name in gate_spe.VARIANTS if name not in gate_spe.RARE])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in RARE])
 def test_variants(variant):
     for kind, feature_map in (("sine", "elu"), ("seed", "relu"), ("none", "favor")):
         row = check(Case(FP32, 6, 2, kind, feature_map, variant, 8, 2))
@@ -126,6 +127,20 @@ def test_a_long_case_is_held_against_the_other_backend(monkeypatch):
     assert formulas == ["plain"]
 
 
+@pytest.mark.usefixtures("blockwise")
+def test_errors_of_few_rows_are_drawn_more_often(monkeypatch):
+    drawn = []
+    make = gate_spe.make_inputs
+    monkeypatch.setattr(gate_spe, "make_inputs", lambda *x: drawn.append(x[3:]) or make(*x))
+    case = Case(FP16, 8, 1, variant="one token after a state", realizations=16, rows=3)
+    assert check(case)["failed"] == []
+    assert drawn == [(), *((n,) for n in range(1, gate_spe.DRAWS))]
+    monkeypatch.setattr(gate_spe, "FEW", 1)
+    drawn.clear()
+    check(case)
+    assert drawn == [()]
+
+
 def test_a_slope_jumps_only_next_to_zero():
     case = Case(FP32, 4, 1, "none", "relu", "odd")
     formula = spe_truth.Formula("jumped", case, gate_spe.make_inputs(case, CPU, rehearse=True))
@@ -149,7 +164,7 @@ def test_cases_cover_what_is_served():
     for field, values in {
         "heads": {1, 3, 4, 8, 12, 16}, "head_dim": {40, 64, 128}, "realizations": {64, 128, 256}, "spe": set(KINDS),
         "rows": {1, 5, 7, 10, 16, 128}, "feature_map": {"elu", "relu", "favor"}, "gated": {True, False},
-        "dtype": {BF16, FP16, FP32}, "variant": set(gate_spe.VARIANTS), "length": {None, 8192},
+        "dtype": {BF16, FP16, FP32}, "variant": set(VARIANTS), "length": {None, 8192},
     }.items():  # fmt: skip
         assert {getattr(case, field) for case in cases} == values
     assert {1, 5, 10, 16} == {case.rows for case in cases if case.spe == "sine"}

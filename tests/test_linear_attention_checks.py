@@ -91,6 +91,8 @@ def test_bad_calls(error, match, options):
     [
         ('backend="triton"', dict(query=torch.randn(1, 1, 2, 300), key=torch.randn(1, 1, 2, 300))),
         ('backend="triton"', dict(value=torch.randn(1, 1, 2, 300))),
+        ('backend="triton" takes features to 128 in torch.float32, got 200', dict(spe=SineSPE(1, 4, 1, 200))),
+        ('backend="triton" takes num_sines to 32 .*, got 33', dict(spe=SineSPE(1, 4, 32, 8))),
         ('backend="triton"', dict(spe=SineSPE(1, 4, 65, 8))),
         ('backend="triton"', dict(spe=SineSPE(1, 4, 1, 300))),
         ('backend="triton"', dict(feature_map=Favor(4, num_features=300))),

@@ -19,7 +19,7 @@ from .aot import CHIPS, DTYPES, count, source
 KERNELS = {
     "chunk_states": ("states", True), "read_by_feature": ("features", True), "read_by_value": ("values", True),
     "sine_forward": ("sine forward", False), "sine_backward": ("sine backward", True),
-    "conv_forward": ("conv forward", False), "conv_backward": ("conv backward", True),
+    "filter_forward": ("filter forward", False), "filter_backward": ("filter backward", True),
     "filter_gradient": ("filter gradient", True),
 }  # fmt: skip
 LINEAR = ("chunk_states", "read_by_feature", "read_by_value")
@@ -136,15 +136,18 @@ def predict(features: int = 64, heads: int = 16, dim: int = 64, sines: int = 10)
     for name, backward in (
         ("sine_forward", False), ("chunk_states", False), ("read_by_feature", False),
         ("sine_backward", True), ("chunk_states", True), ("read_by_feature", True), ("read_by_value", True),
+        ("filter_forward", None),
     ):  # fmt: skip
         sizes = dict(heads=heads, dim=dim, features=features, sines=sines)
-        made = [(k, a) for k, a in launches(chip, 16, name, backward, **sizes) if k.__name__ == name]
+        made = [(k, a) for k, a in launches(chip, 16, name, bool(backward), **sizes) if k.__name__ == name]
         for kernel, a in made:
             found = count(chip, compiled(chip, kernel, a), 1)
             if name == "sine_forward":
                 turns = dim
             elif name == "sine_backward":
                 turns = a["RUN"] * -(-dim // a["DIMS"])
+            elif name == "filter_forward":
+                turns = dim * -(-(a["ROWS"] + TAPS - 1) // a["BLOCK_N"])
             else:
                 # A row block reads half of its chunk, on average, and its own block.
                 full = a["CHUNK"] / a["BLOCK_N"]
@@ -165,10 +168,12 @@ def prediction() -> str:
         rows = predict(features)
         floor = 8192 * 16 * 2 * 2 * 64 * 20 * features / 790e6
         for backward in (False, True):
-            mine = [row for row in rows if row["backward"] == backward]
+            mine = [row for row in rows if row["backward"] is backward]
             for n, row in enumerate(mine):
                 way = "backward" if backward else "forward"
                 line = f"{features:4}  {way:9}  {row['kernel']:16} {row['path']:6} {row['us']:7.1f}"
                 total = sum(row["us"] for row in mine)
                 lines.append(line + (f"  {total:8.1f}  {floor * 59 / 54:8.1f}" if n == len(mine) - 1 else ""))
+        filters = sum(row["us"] for row in rows if row["backward"] is None)
+        lines.append(f"{features:4}  ConvSPE's features instead, {TAPS} taps, forward: {filters:.0f} us")
     return "\n".join(lines)

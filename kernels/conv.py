@@ -76,7 +76,7 @@ def filtered(
 
 
 @triton.jit(do_not_specialize=["start", "L", "T"])
-def conv_forward(
+def filter_forward(
     X, XHAT, FILTER, NOISE, GATE, x_b, x_h, x_l, start, L, T, taps, PITCH, B, H, D: tl.constexpr, R: tl.constexpr,
     BLOCK_R: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def conv_forward(
 
 
 @triton.jit(do_not_specialize=["start", "L", "T"])
-def conv_backward(
+def filter_backward(
     G, DX, FILTER, NOISE, GATE, g_b, g_h, g_l, d_b, d_h, d_l, start, L, T, taps, PITCH, B, H, D: tl.constexpr,
     R: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

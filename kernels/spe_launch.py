@@ -14,9 +14,7 @@ import triton
 from torch import Tensor
 
 from . import configs, linear_configs
-from .conv import conv_backward as conv_backward_kernel
-from .conv import conv_forward as conv_forward_kernel
-from .conv import filter_gradient
+from .conv import filter_backward, filter_forward, filter_gradient
 from .launch import padded, rows_contiguous, strides
 from .sine import prepare_sines
 from .sine import sine_backward as sine_backward_kernel
@@ -152,7 +150,7 @@ class Filters:
         def programs(config, wide: int) -> int:
             return batch * heads * triton.cdiv(length, config.block_m) * triton.cdiv(self.realizations, wide)
 
-        self.launch(conv_forward_kernel, x, programs, "conv forward", "BLOCK_R", length, X=x, XHAT=made, **strides(x=x))
+        self.launch(filter_forward, x, programs, "filter forward", "BLOCK_R", length, X=x, XHAT=made, **strides(x=x))
         return made
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -162,7 +160,7 @@ class Filters:
             return x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], config.block_m)
 
         self.launch(
-            conv_backward_kernel, grad, programs, "conv backward", "WIDTH", x.shape[2], G=grad, DX=dx,
+            filter_backward, grad, programs, "filter backward", "WIDTH", x.shape[2], G=grad, DX=dx,
             **strides(g=grad, d=dx),
         )  # fmt: skip
         return dx
@@ -181,13 +179,17 @@ class Filters:
                 PRECISION=configs.dot_precision(x, config), SUM_PRECISION=configs.sum_precision(x.device),
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
-        # Entry [shift, 8 p + q, slot] holds the lag rows * shift + 8 (slot - rows / 8 + 1) + q - p.
-        shift, p, q, slot = (torch.arange(n, device=x.device) for n in (shifts, 8, 8, slots))
-        lag = (rows * shift)[:, None, None, None] + 8 * (slot - rows // 8 + 1) + (q - p[:, None])[None, ..., None]
-        lag = torch.where((lag >= 0) & (lag < self.taps) & (slot < 2 * (rows // 8) - 1), lag, self.taps).flatten()
-        made = blocks.new_zeros(self.heads * self.dim, self.taps + 1, dtype=torch.float64)
-        made.index_add_(1, lag, blocks.flatten(1).double())
-        return made[:, : self.taps].view(self.heads, self.dim, self.taps)
+        # Entry [shift, 8 p + q, slot] holds the lag rows * shift + 8 (slot - rows / 8 + 1) + q - p: a lag has up to two
+        # shifts, and eight p in each. Gathered and added in one order, so that equal inputs give equal bits.
+        lag = torch.arange(self.taps, device=x.device)[:, None, None]
+        shift = lag // rows + torch.arange(2, device=x.device)[:, None]
+        p = torch.arange(8, device=x.device)
+        q = (lag + p) % 8
+        slot = (lag - rows * shift + p - q) // 8 + rows // 8 - 1
+        exists = (slot >= 0) & (slot < 2 * (rows // 8) - 1) & (shift < shifts)
+        entry = torch.where(exists, (shift * 64 + 8 * p + q) * slots + slot, 0).flatten(1)
+        made = blocks.flatten(1)[:, entry].double() * exists.flatten(1)
+        return made.sum(-1).view(self.heads, self.dim, self.taps)
 
 
 def conv_forward(

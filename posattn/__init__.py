@@ -4,6 +4,7 @@ from .attention import attention
 from .biases import DAPE, FIRE, KERPLE, TISA, ALiBi, Bias, RelativeTable, Sandwich, T5Bias
 from .feature_maps import Favor
 from .linear_attention import LinearState, linear_attention
+from .noise import Noise
 from .ops import CHECKPOINT_OPS
 from .reference import attention_reference
 from .spe import ConvSPE, SineSPE
@@ -24,6 +25,7 @@ __all__ = [
     "ConvSPE",
     "Favor",
     "LinearState",
+    "Noise",
     "SineSPE",
     "attention",
     "attention_reference",

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gate, gate_mixing, gate_numerics
+from bench import gate, gate_mixing, gate_numerics, gate_spe
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
 SMALLEST = gate_numerics.Case(torch.float32, 16, "T5", "more queries than keys, causal")
@@ -32,6 +32,7 @@ def test_rehearsal_passes(tmp_path, capsys):
     assert len(rows) == len(list(gate_mixing.rehearsal()))
     assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
     assert all(row["relative"] for row in rows)
+    assert len(report["spe"]["rows"]) == len(list(gate_spe.rehearsal()))
     assert not report["failures"]
 
 
@@ -40,6 +41,7 @@ def test_the_budget_stops_it(capsys):
     printed = capsys.readouterr().out
     assert "not reached in the budget, numerics" in printed
     assert "not reached in the budget, mixing" in printed
+    assert "not reached in the budget, spe" in printed
 
 
 @pytest.mark.parametrize("output", ["lse", "dq", "dv", "dparameter0"])
@@ -106,10 +108,10 @@ def test_the_report_of_a_gpu_run(monkeypatch, tmp_path, capsys):
     # What the table has no row for is not asked for; all that it has a row for is asked for early.
     rows = {key[2:] for key in configs.CONFIGS if key[0] == "sm_90"}
     assert {gate.bits_and_width(case) for case in ran} == {gate.bits_and_width(case) for case in ran[:14]} == rows
-    # DAPE stands between the first cases and the mixed ones; nothing else has moved.
+    # DAPE and SPE stand between the first cases and the mixed ones; nothing else has moved.
     mixing = [case for case in ran if isinstance(case, gate_mixing.Case)]
     assert ran.index(mixing[0]) == len(gate.served(list(gate_numerics.first_cases()), torch.device("cpu"))) == 14
-    others = [case for case in ran if case not in mixing]
+    others = [case for case in ran if isinstance(case, gate_numerics.Case)]
     assert others == gate.served(list(gate_numerics.cases()), torch.device("cpu"))
     report = json.loads(path.read_text("utf-8"))
     assert [len(report[part]["rows"]) for part in ("numerics", "mixing")] == [10, 5]

@@ -59,7 +59,7 @@ def test_one_token_after_many(kind):
 @pytest.mark.usefixtures("blockwise")
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 def test_16_bits_have_room_for_rounding(dtype):
-    for kind, feature_map in (("sine", "elu"), ("seed", "relu"), ("sine", "favor")):
+    for kind, feature_map in (("sine", "elu"), ("seed", "elu"), ("sine", "favor")):
         row = check(Case(dtype, 8, 2, kind, feature_map, "in pieces", 16, 3))
         assert row["failed"] == [], row
         assert {"out", "out rms", "kv", "dq", "dk", "dv", "dgate"} <= set(row["errors"])
@@ -163,7 +163,7 @@ def test_cases_cover_what_is_served():
     cases = list(gate_spe.cases())
     for field, values in {
         "heads": {1, 3, 4, 8, 12, 16}, "head_dim": {40, 64, 128}, "realizations": {64, 128, 256}, "spe": set(KINDS),
-        "rows": {1, 5, 7, 10, 16, 128}, "feature_map": {"elu", "relu", "favor"}, "gated": {True, False},
+        "rows": {1, 2, 5, 7, 10, 16, 128}, "feature_map": {"elu", "relu", "favor"}, "gated": {True, False},
         "dtype": {BF16, FP16, FP32}, "variant": set(VARIANTS), "length": {None, 8192},
     }.items():  # fmt: skip
         assert {getattr(case, field) for case in cases} == values
@@ -171,6 +171,7 @@ def test_cases_cover_what_is_served():
     assert len(set(cases)) == len(cases)
     for case in cases:  # what the blockwise backend alone serves, or a GPU's memory does not hold, is not asked for
         assert case.spe != "exact" or (case.feature_map == "favor" and case.heads <= 4)
+        assert case.realizations <= 128 or (case.dtype != FP32 and case.feature_map != "favor")
         assert case.length is None or not (case.dtype == FP32 and case.feature_map == "relu")
 
 

@@ -85,6 +85,9 @@ def test_bad_calls(error, match, options):
         linear_attention(**given, **{name: value for name, value in options.items() if name not in given})
 
 
+HALF = torch.randn(1, 1, 2, 4).half()
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize(
     ("match", "options"),
@@ -92,6 +95,10 @@ def test_bad_calls(error, match, options):
         ('backend="triton"', dict(query=torch.randn(1, 1, 2, 300), key=torch.randn(1, 1, 2, 300))),
         ('backend="triton"', dict(value=torch.randn(1, 1, 2, 300))),
         ('backend="triton" takes features to 128 in torch.float32, got 200', dict(spe=SineSPE(1, 4, 1, 200))),
+        (  # what runs is fp32
+            'backend="triton" takes features to 128 in torch.float32, got 200',
+            dict(feature_map=Favor(4, num_features=200), **dict.fromkeys(("query", "key", "value"), HALF)),
+        ),
         ('backend="triton" takes num_sines to 32 .*, got 33', dict(spe=SineSPE(1, 4, 32, 8))),
         ('backend="triton"', dict(spe=SineSPE(1, 4, 65, 8))),
         ('backend="triton"', dict(spe=SineSPE(1, 4, 1, 300))),

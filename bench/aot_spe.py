@@ -98,7 +98,7 @@ def compile_and_count(chip: str, name: str, bits: int, width: int, rule: str) ->
     found = launches(chip, bits, name, backward, **sizes_of(name, width))
     kernel, arguments = next((k, a) for k, a in found if k.__name__ == name)
     block_m = arguments.get("BLOCK_M", arguments.get("ROWS", 1))
-    block_n = arguments.get("BLOCK_N", arguments.get("BLOCK_R", arguments.get("DIMS")))
+    block_n = arguments.get("BLOCK_N", arguments.get("BLOCK_R", arguments.get("DIMS", block_m)))
     row = dict(chip=chip, direction=name, bits=bits, width=width, rule=rule, row=direction)
     row.update(block_m=block_m, block_n=block_n, num_warps=arguments["num_warps"])
     row.update(num_stages=arguments["num_stages"], precision=arguments["PRECISION"])

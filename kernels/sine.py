@@ -210,29 +210,24 @@ def sine_backward(
             zs = tl.load(noise + KP * R, mask=wanted, other=0.0).to(tl.float32)
             uc = tl.dot(g, (zc * co[None, :] + zs * si[None, :]).to(DTYPE), input_precision=PRECISION)
             us = tl.dot(g, (zs * co[None, :] - zc * si[None, :]).to(DTYPE), input_precision=PRECISION)
-            uc, us = uc.reshape(BLOCK_M, DIMS, KP), us.reshape(BLOCK_M, DIMS, KP)
-            dims, k = d0 + tl.arange(0, DIMS), tl.arange(0, KP)
-            inside = dims < D
-            at = (h * D + dims)[:, None] * KP + k[None, :]
-            local = LOCAL + (((h * D + dims) * (BLOCK_M * 2 * KP))[:, None] + k[None, :])[None, :, :]
-            local += i[:, None, None] * (2 * KP)
-            wc = tl.load(local, mask=inside[None, :, None], other=0.0).to(tl.float32)
-            ws = tl.load(local + KP, mask=inside[None, :, None], other=0.0).to(tl.float32)
+            local = LOCAL + (row * (BLOCK_M * 2 * KP) + k)[None, :] + i[:, None] * (2 * KP)
+            wc = tl.load(local, mask=inside[None, :], other=0.0).to(tl.float32)
+            ws = tl.load(local + KP, mask=inside[None, :], other=0.0).to(tl.float32)
             along = uc * wc + us * ws
-            live = (m0 + i < L)[:, None] & inside[None, :]
+            dims = d0 + tl.arange(0, DIMS)
+            live = (m0 + i < L)[:, None] & (dims < D)[None, :]
             if DX is not None:
-                gain = tl.load(GAINS + at, mask=inside[:, None], other=0.0)
-                dx = tl.sum(along * gain[None, :, :], 2)
+                gain = tl.load(GAINS + row * KP + k, mask=inside, other=0.0)
+                dx = tl.sum((along * gain[None, :]).reshape(BLOCK_M, DIMS, KP), 2)
                 to = DX + b * d_b + h * d_h + ((m0 + i).to(tl.int64)[:, None] * d_l + dims[None, :])
                 tl.store(to, dx.to(DX.dtype.element_ty), mask=live)
             if PART is not None:
                 x = tl.load(X + ((m0 + i).to(tl.int64)[:, None] * x_l + dims[None, :]), mask=live, other=0.0)
-                x = x.to(tl.float32)[:, :, None]
+                x = tl.broadcast_to(x.to(tl.float32)[:, :, None], [BLOCK_M, DIMS, KP]).reshape(BLOCK_M, DIMS * KP)
                 t = x * (us * wc - uc * ws)
-                place = (i + block * BLOCK_M).to(tl.float32)
-                gained, turn, moment = tl.reduce((x * along, t, t * place[:, None, None]), 0, add_three)
-                part = PART + ((((b * runs + run) * H + h) * D + dims) * (3 * KP))[:, None] + k[None, :]
-                inside = inside[:, None]
+                place = (i + block * BLOCK_M).to(tl.float32)[:, None]
+                gained, turn, moment = tl.reduce((x * along, t, t * place), 0, add_three)
+                part = PART + (((b * runs + run) * H + h) * D + d) * (3 * KP) + k
                 if block > 0:
                     gained += tl.load(part, mask=inside, other=0.0)
                     turn += tl.load(part + KP, mask=inside, other=0.0)

@@ -4,7 +4,7 @@ Expressions such as [MAX 2 9 [MIN 4 7 ] 0 ] are made here by the rules of Long R
 values. Brackets are kept. The published ListOps runs of stochastic positional encoding read them without brackets,
 which its authors call essentially impossible to solve, so this is a new experiment and reproduces no number of theirs.
 
-python -m bench listops            short expressions and small models on a CPU: 20 minutes on two cores
+python -m bench listops            short expressions and small models on a CPU: ten minutes on two cores
 python -m bench listops --full     as published: 500 to 2000 tokens, 6 tied layers of 512, 10000 steps; for a GPU
 python -m bench listops --quick    toy size, a minute: shows that it works
 An interrupted run goes on with the same command after the last finished model.

@@ -169,7 +169,9 @@ def _favor(
     exact = codes is not None and codes.exact  # its features, which are wide, are not made
     # What runs is fp32 (fp64), but for attention over the features of bf16.
     single = query if codes is None and query.dtype == torch.bfloat16 else full_precision(query)
-    backend = checks.choose_backend(backend, single, value, features if exact else max(width, features), codes)
+    backend = checks.choose_backend(
+        backend, single, value, features if exact else max(width, features), codes
+    )
     if isinstance(favor, str):
         projection = favor_projection(query.detach(), width, features)
     else:

@@ -19,7 +19,7 @@ def feature(x, MAP: tl.constexpr):
     if MAP == "elu":
         return tl.where(x > 0, x + 1.0, tl.math.exp2(x * LOG2E))
     elif MAP == "relu":
-        return tl.maximum(x, 0.0) + 1e-3
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + 1e-3
     else:
         return x
 
@@ -146,8 +146,7 @@ def scan_chunks(
     carry = tl.zeros([BLOCK_E], tl.float32)
     if START is not None:
         carry += tl.load(START + bh * size + e, mask=e < size, other=0.0)
-    # Sums of what came before, by a product: a running sum less its own term would lose small ones beside a large one.
-    before = (tl.arange(0, BLOCK_C)[:, None] > tl.arange(0, BLOCK_C)[None, :]).to(tl.float32)
+    # A running sum less its own term would lose small ones beside a large one, so each row sums those before it.
     for c0 in tl.range(0, chunks, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         index = c
@@ -155,9 +154,12 @@ def scan_chunks(
             index = chunks - 1 - c
         pointers = STATES + (index[:, None].to(tl.int64) * size + e[None, :])
         inside = (c < chunks)[:, None] & (e < size)[None, :]
-        x = tl.load(pointers, mask=inside, other=0.0)
-        tl.store(pointers, carry[None, :] + tl.dot(before, x, input_precision="ieee"), mask=inside)
-        carry += tl.sum(x, 0)
+        own = tl.load(pointers, mask=inside, other=0.0)
+        previous = pointers + (size if REVERSE else -size)
+        earlier = tl.load(previous, mask=inside & (c > c0)[:, None], other=0.0)
+        tl.debug_barrier()  # what is stored now was read by other threads
+        tl.store(pointers, carry[None, :] + tl.cumsum(earlier, 0), mask=inside)
+        carry += tl.sum(own, 0)
     if TOTAL is not None:
         tl.store(TOTAL + bh * size + e, carry, mask=e < size)
 

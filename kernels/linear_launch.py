@@ -154,7 +154,7 @@ def backward(
         )
         if need_state:
             dstate = all_states.view(p.batch, p.heads, p.features, p.values)
-            dsums = all_sums.view(p.batch, p.heads, p.features).clone()
+            dsums = all_sums.view(p.batch, p.heads, p.features)
         if need_kv:
             read_features(p, p.k, p.q, do, w, p.mask, None, states, totals, dv, None, reverse=True)
             read_values(p, p.v, do, p.q, None, None, w, y0, p.mask, None, states, totals, p.k, dk, reverse=True)

@@ -83,9 +83,11 @@ def prepare_sines(
     hd = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KP)
     real = k < SINES
-    turns = fixed(tl.load(TURNS_IN + hd * SINES + k, mask=real, other=0.0))
-    phases = fixed(tl.load(PHASES_IN + hd * SINES + k, mask=real, other=0.0))
-    gains = tl.load(GAINS_IN + hd * SINES + k, mask=real, other=0.0)
+    turns = tl.load(TURNS_IN + hd * SINES + k, mask=real, other=0.0)
+    phases = tl.load(PHASES_IN + hd * SINES + k, mask=real, other=0.0)
+    # Integers know no NaN: it goes on in the gains.
+    gains = tl.load(GAINS_IN + hd * SINES + k, mask=real, other=0.0) + (turns + phases) * 0.0
+    turns, phases = fixed(turns), fixed(phases)
     if GATE_IN is not None:
         gains = tl.where(k == SINES, tl.load(GATE_IN + hd), gains)
     tl.store(TURNS + hd * KP + k, turns)
@@ -228,6 +230,7 @@ def sine_backward(
                 place = (i + block * BLOCK_M).to(tl.float32)[:, None]
                 gained, turn, moment = tl.reduce((x * along, t, t * place), 0, add_three)
                 part = PART + (((b * runs + run) * H + h) * D + d) * (3 * KP) + k
+                tl.debug_barrier()  # the run's sums so far were stored by other threads
                 if block > 0:
                     gained += tl.load(part, mask=inside, other=0.0)
                     turn += tl.load(part + KP, mask=inside, other=0.0)

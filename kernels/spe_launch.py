@@ -100,11 +100,10 @@ def sine_backward(
         )  # fmt: skip
         inputs.append(x.new_empty(0) if dx is None else dx)
         if part is not None:
-            total = part.sum(0, dtype=torch.float64)
+            gained, _, moment = (each.sum((0, 1), dtype=torch.float64) for each in part.unbind(-2))
+            turn = part[..., 1, :].sum(0, dtype=torch.float64)
             base = start + torch.arange(runs, device=x.device, dtype=torch.float64) * (run * p.rows)
-            gained, turn, moment = total.unbind(-2)
-            moment = moment.sum(0) + torch.einsum("r,rhdk->hdk", base, turn)
-            sums.append((gained.sum(0), turn.sum(0), moment))
+            sums.append((gained, turn.sum(0), moment + turn.mul(base[:, None, None, None]).sum(0)))
     if not need_codes:
         return *inputs, *(gains.new_empty(0) for _ in range(4))
     (gained, turn, moment), (gained_k, _, moment_k) = sums

@@ -8,6 +8,7 @@ from .noise import Noise
 from .ops import CHECKPOINT_OPS
 from .reference import attention_reference
 from .spe import ConvSPE, SineSPE
+from .spe_codes import Codes
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "RelativeTable",
     "Sandwich",
     "T5Bias",
+    "Codes",
     "ConvSPE",
     "Favor",
     "LinearState",

@@ -113,8 +113,7 @@ def attention(
     )
     backend = checks.choose_backend(backend, query, value, bias)
 
-    # Kernels read rows of unit stride; every other stride is free.
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    query, key, value = (readable(t) for t in (query, key, value))
     if isinstance(bias, DAPE):
         checks.check_dape(bias, query, rule, is_causal)
         mixed = _mix(query, key, value, bias, key_padding_mask, rule, backend)
@@ -195,6 +194,12 @@ def _mix(
         backend,
     )
     return out, lse
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Rows of unit stride that do not overlap, as kernels read them; every other stride is free."""
+    rows = tensor.stride(-1) == 1 and tensor.stride(-2) >= tensor.shape[-1]
+    return tensor if rows else tensor.contiguous()
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

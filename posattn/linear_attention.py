@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import linear_checks as checks
-from .attention import _autocast
+from .attention import _autocast, readable
 from .biases.bias import full_precision, no_autocast
 from .checks import check_key_padding_mask, check_tensor
 from .feature_maps import FAVOR_FEATURES, Favor, favor_exponents, favor_features
@@ -25,7 +25,7 @@ def linear_attention(
     *,
     spe: SineSPE | ConvSPE | Codes | None = None,
     feature_map: str | Favor | Callable[[Tensor], Tensor] = "elu",
-    eps: float = 1e-6,
+    eps: float | None = None,
     is_causal: bool = False,
     key_padding_mask: Tensor | None = None,
     initial_state: LinearState | None = None,
@@ -49,8 +49,9 @@ def linear_attention(
     - "favor": 128 positive random features (Choromanski et al., ICLR 2021, arXiv 2009.14794), which estimate the
       ``exp(qhat . khat / sqrt(R))`` of softmax attention, R the width of qhat: the head_dim, or with spe its number of
       realizations. The projection is fixed: equal calls agree, and states go on. Queries subtract the largest
-      exponent of their row, which cancels but for eps; keys subtract nothing. A `posattn.Favor` has a number of
-      features and a seed of your choice.
+      exponent of their row, which cancels but for eps; keys subtract nothing. Exponents, and the features of spe
+      that they are made of, are in float32, whose limits on Triton then hold for every dtype. A `posattn.Favor` has
+      a number of features and a seed of your choice.
     - any function of (B, H, L, R) -> (B, H, L, M), differentiable, called with qhat and with khat: without a scale.
 
     Args:
@@ -60,7 +61,8 @@ def linear_attention(
         spe: a `posattn.SineSPE` or `posattn.ConvSPE` of H heads and head_dim D, called here; or what calling it gave,
             which several layers may share.
         feature_map: as above.
-        eps: a positive number.
+        eps: a positive number; by default 1e-6, and 1e-30 for "favor" and a `posattn.Favor`, whose features get as
+            small as ``exp(-|y|^2 / 2)`` of a key y = khat / R^(1/4).
         is_causal: hide keys that stand after the query; asks for Lq = Lk.
         key_padding_mask: (B, Lk) bool, True for a key that counts.
         initial_state: a `LinearState` that an earlier call returned: attention goes on from there, at its position
@@ -79,7 +81,8 @@ def linear_attention(
         ValueError: a shape, dtype, device or number that is not accepted; the message says which.
         RuntimeError: in backward, when the gradient itself is differentiated.
 
-    Positions count from 0, or from initial_state.position: query i and key i stand at the same one. Sums are made in
+    Positions count from 0, or from initial_state.position: query i and key i stand at the same one. Masked keys take
+    up positions, too: pad prompts of several lengths on the left before they are continued. Sums are made in
     float32 (float64 for float64). Features that a map makes are kept for backward, O(L M) numbers; those of "elu" and
     "relu" are not. A `posattn.SineSPE` without noise (num_realizations=None) has wide features, too, except with
     "favor". Under torch.autocast query, key and value are cast to the autocast dtype. Equal inputs give bitwise equal
@@ -100,9 +103,10 @@ def linear_attention(
     check_tensor("value", value)
     query, key, value = _autocast(query, key, value)
     checks.check_together(query, key, value)
-    checks.check_rule(query, key, is_causal, return_state, eps)
+    checks.check_rule(query, key, is_causal, return_state)
     check_key_padding_mask(key_padding_mask, query, key)
     checks.check_feature_map(feature_map)
+    eps = checks.check_eps(eps, feature_map)
     checks.check_spe(spe, query)
     checks.check_state(initial_state, spe)
 
@@ -119,10 +123,9 @@ def linear_attention(
         checks.check_sums(initial_state, phi_query, value)
         before = initial_state.kv.contiguous(), initial_state.k.contiguous()
 
-    # Kernels read rows of unit stride; every other stride is free.
-    tensors = (t if t.stride(-1) == 1 else t.contiguous() for t in (phi_query, phi_key, value))
+    tensors = (readable(t) for t in (phi_query, phi_key, value))
     out, kv, k = LinearAttend.apply(  # type: ignore[no-untyped-call]
-        *tensors, key_padding_mask, *before, name, float(eps), is_causal, return_state, backend
+        *tensors, key_padding_mask, *before, name, eps, is_causal, return_state, backend
     )
     attended: Tensor = out.to(dtype)
     if not return_state:

@@ -17,6 +17,7 @@ from .spe_encoding import Encoding
 # On Triton: sines of a dimension, and one more for the gate (kernels/linear_configs.py has no wider rows).
 MAX_SLOTS, MAX_FLOAT32_SLOTS = 64, 32
 NAMES = ("elu", "relu", "favor")
+EPS, FAVOR_EPS = 1e-6, 1e-30
 
 
 class LinearState(NamedTuple):
@@ -54,7 +55,7 @@ def check_together(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name} must have at least one head and a head_dim of 1, got {_shape(tensor)}")
 
 
-def check_rule(query: Tensor, key: Tensor, is_causal: bool, return_state: bool, eps: float) -> None:
+def check_rule(query: Tensor, key: Tensor, is_causal: bool, return_state: bool) -> None:
     checks._check_flag("is_causal", is_causal)
     checks._check_flag("return_state", return_state)
     if is_causal and query.shape[2] != key.shape[2]:
@@ -62,11 +63,17 @@ def check_rule(query: Tensor, key: Tensor, is_causal: bool, return_state: bool, 
             f"is_causal needs as many queries as keys, got {query.shape[2]} and {key.shape[2]}; "
             "keys of earlier calls come with initial_state"
         )
+
+
+def check_eps(eps: float | None, feature_map: Any) -> float:
+    """eps, with its default filled in."""
     if eps is None:
-        raise TypeError("eps must be a positive number, got None")
+        favor = isinstance(feature_map, Favor) or (isinstance(feature_map, str) and feature_map == "favor")
+        return FAVOR_EPS if favor else EPS
     checks._check_number("eps", eps)
     if eps <= 0:
-        raise ValueError(f"eps must be a positive number, got {eps!r}")
+        raise ValueError(f"eps must be a positive number or None, got {eps!r}")
+    return float(eps)
 
 
 def check_feature_map(feature_map: Any) -> None:

@@ -107,7 +107,7 @@ class SineSPE(Encoding):
         heads, head_dim, sines = freqs.shape
         spe = cls(heads, head_dim, sines, num_realizations, gate is not None, resample=resample, seed=seed)
         put_parameters(spe, **found, gate=gate)
-        return spe
+        return spe.to(freqs.device)  # the noise that is kept, too
 
     @property
     def dim(self) -> int:

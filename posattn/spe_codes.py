@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .attention import readable
 from .biases.bias import check_integer
 from .noise import Noise
 
@@ -37,7 +38,7 @@ class Codes(NamedTuple):
         return self.spe.dim
 
     def features(
-        self, query: Tensor, key: Tensor, query_start: int = 0, key_start: int = 0, backend: str = "blockwise"
+        self, query: Tensor, key: Tensor, query_start: int = 0, key_start: int = 0, backend: str | None = None
     ) -> tuple[Tensor, Tensor]:
         """qhat (B, H, Lq, R), khat (B, H, Lk, R) of query (B, H, Lq, D), key (B, H, Lk, D), in their dtype.
 
@@ -50,8 +51,8 @@ class Codes(NamedTuple):
         if codes.is_floating_point():
             codes = codes.to(dtype)
         gate = None if gate is None else gate.to(dtype)
-        # Kernels read rows of unit stride; every other stride is free.
-        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        backend = self._backend(backend, query, self.dim)
+        query, key = readable(query), readable(key)
         return self.spe.encode(query, key, codes, gate, query_start, key_start, backend)
 
     def projected(
@@ -61,7 +62,7 @@ class Codes(NamedTuple):
         projection: Tensor,
         query_start: int = 0,
         key_start: int = 0,
-        backend: str = "blockwise",
+        backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Exact features times projection^T, (B, H, L, M) each, which need no memory for R numbers a position.
 
@@ -72,7 +73,8 @@ class Codes(NamedTuple):
         if projection.dim() != 2 or projection.shape[1] != self.dim or projection.requires_grad:
             came = f"shape {tuple(projection.shape)}, requires_grad={projection.requires_grad}"
             raise ValueError(f"projection must be (M, {self.dim}) and require no gradient, got {came}")
-        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        backend = self._backend(backend, query, len(projection))
+        query, key = readable(query), readable(key)
         return self.spe.project(query, key, projection, query_start, key_start, backend)
 
     def squared_norms(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +85,12 @@ class Codes(NamedTuple):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         made = [torch.einsum("bhld,hd->bhl", x.to(dtype).square(), weights.to(dtype)) for x in (query, key)]
         return made[0], made[1]
+
+    def _backend(self, backend: str | None, query: Tensor, width: int) -> str:
+        """As `posattn.linear_attention` chooses it; exact features are plain PyTorch, whatever it says."""
+        from .linear_checks import choose_backend  # which knows this class
+
+        return choose_backend(backend, query, query, width, self)
 
     def _check_exact(self, name: str) -> None:
         if not self.exact:

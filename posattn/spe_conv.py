@@ -111,7 +111,7 @@ class ConvSPE(Encoding):
         dims, gated = rows // heads, gate is not None
         spe = cls(heads, dims, kernel_size, num_realizations, gated, resample=resample, seed=seed)
         put_parameters(spe, filter_q=filter_q, filter_k=filter_k, gate=gate)
-        return spe
+        return spe.to(filter_q.device)  # the noise that is kept, too
 
     @property
     def dim(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .feature_maps import draw_projection
-from .ops import CHECKPOINT_OPS, _no_autocast
+from .ops import CHECKPOINT_OPS, _no_autocast, _RefuseSecond
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -226,21 +226,14 @@ class LinearAttend(torch.autograd.Function):
         need = (wanted[0], wanted[1] or wanted[2], wanted[4] or wanted[5])
         # Grad mode is on only under create_graph=True. AOTAutograd, which traces this, has its own refusal.
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = partial(_RefuseSecond.apply, linear_backward) if recorded else linear_backward
+        backward = partial(_RefuseSecondOfLinear.apply, linear_backward) if recorded else linear_backward
         made = backward(*grads, *ctx.saved_tensors, *ctx.rule, *need, ctx.backend)  # type: ignore[no-untyped-call]
         dq, dk, dv, dstate, dsums = made
         gradients = (dq, dk, dv, None, dstate, dsums)
         return *(grad if want else None for grad, want in zip(gradients, wanted)), *nothing
 
 
-class _RefuseSecond(torch.autograd.Function):
-    """An operator's backward, with an error of our own where its derivative is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, backward: Any, *args: Any) -> tuple[Tensor, ...]:
-        gradients: tuple[Tensor, ...] = backward(*args)
-        return gradients
-
+class _RefuseSecondOfLinear(_RefuseSecond):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(

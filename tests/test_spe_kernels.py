@@ -184,3 +184,15 @@ def test_the_same_bits_again(kind):
         hats, gradients = case.run("triton", tensors, case.noise(), [torch.randn(1, 1, 34, 8)] * 2, DEVICE)
         runs.append([*hats, *gradients])
     assert all(map(torch.equal, *runs))
+
+
+@BACKENDS
+@pytest.mark.parametrize("part", [2, 3, 4], ids=["turns", "phases", "gains"])
+def test_nan_shows(backend, device, dtype, tolerance, part):
+    """Also where an angle is an integer, which knows none: in the features of its head and of no other."""
+    case = Codes(queries=3, keys=3, dim=2, rows=2, realizations=4, heads=2)
+    tensors = case.tensors(dtype)
+    tensors[part][1, 0, 1] = math.nan
+    hats, _ = case.run(backend, tensors, case.noise(), [torch.randn(1, 2, 3, 4, dtype=dtype)] * 2, device)
+    assert hats[0][:, 1].isnan().all()
+    assert all(hat[:, 0].isfinite().all() for hat in hats)

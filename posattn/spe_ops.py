@@ -160,9 +160,8 @@ def _each_own(
 
 
 def _module(backend: str, q: Tensor, k: Tensor) -> Any:
-    if (
-        backend == "blockwise" or q.numel() == 0 or k.numel() == 0
-    ):  # no kernel knows of grids without programs
+    # No kernel knows of grids without programs.
+    if backend == "blockwise" or q.numel() == 0 or k.numel() == 0:
         from . import spe_blockwise
 
         return spe_blockwise

@@ -13,6 +13,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,18 +214,44 @@ def count(chip_name: str, compiled: Any, tile: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def compile_and_count(chip: str, direction: str, bits: int, width: int, rule: str) -> dict[str, Any]:
-    """One row of the report; a compiler's failure is in its "error", not raised."""
-    hip = CHIPS[chip].target.backend == "hip"
-    kernel, arguments, config = launch_arguments(chip, direction, bits, width, rule)
-    row = dict(chip=chip, direction=direction, bits=bits, width=width, rule=rule, **config._asdict())
-    row["precision"] = arguments["PRECISION"]
-    tile = config.block_m * (config.block_m if direction == "diagonals" else config.block_n)
+@contextmanager
+def written_down(chip: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Within, kernels pick the rows of a chip, and (kernel, its arguments and grid) are written down, not launched."""
+    from posattn.kernels import configs
+
+    made: list[tuple[Any, dict[str, Any]]] = []
+
+    def write_down(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        made.append((kernel, {**dict(zip(kernel.arg_names, args)), **kwargs, "grid": grid}))
+
+    kept = configs.arch, triton.runtime.JITFunction.run
+    configs.arch, triton.runtime.JITFunction.run = lambda device: chip, write_down
     try:
-        options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        compiled = triton.compile(source(kernel, arguments, hip), target=CHIPS[chip].target, options=options)
-        return {**row, **count(chip, compiled, tile)}
+        yield made
+    finally:
+        configs.arch, triton.runtime.JITFunction.run = kept
+
+
+def compiled(chip: str, kernel: Any, arguments: dict[str, Any]) -> Any:
+    target = CHIPS[chip].target
+    options = {name: arguments[name] for name in ("num_warps", "num_stages")}
+    return triton.compile(source(kernel, arguments, target.backend == "hip"), target=target, options=options)
+
+
+def counted(row: dict[str, Any], kernel: Any, arguments: dict[str, Any], tile: int) -> dict[str, Any]:
+    """A row of the report with its counts; a compiler's failure is in its "error", not raised."""
+    try:
+        return {**row, **count(row["chip"], compiled(row["chip"], kernel, arguments), tile)}
     except Exception as error:
         while error.__cause__ is not None:
             error = error.__cause__
         return {**row, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+
+
+def compile_and_count(chip: str, direction: str, bits: int, width: int, rule: str) -> dict[str, Any]:
+    """One row of the report; a compiler's failure is in its "error", not raised."""
+    kernel, arguments, config = launch_arguments(chip, direction, bits, width, rule)
+    row = dict(chip=chip, direction=direction, bits=bits, width=width, rule=rule, **config._asdict())
+    row["precision"] = arguments["PRECISION"]
+    tile = config.block_m * (config.block_m if direction == "diagonals" else config.block_n)
+    return counted(row, kernel, arguments, tile)

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .aot import CHIPS, DTYPES, count, source
+from .aot import DTYPES, compiled, count, counted, written_down
 
 # kernel -> the config row it runs with, and whether backward launches it
 KERNELS = {
@@ -44,12 +43,7 @@ def launches(
     backward: bool = False, length: int = LENGTH,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """(kernel, its arguments by name) of each launch of one causal call with a batch of 1; nothing runs."""
-    from posattn.kernels import configs, mix_launch
-
-    made: list[tuple[Any, dict[str, Any]]] = []
-
-    def write_down(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        made.append((kernel, {**dict(zip(kernel.arg_names, args)), **kwargs, "grid": grid}))
+    from posattn.kernels import mix_launch
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -64,25 +58,13 @@ def launches(
     else:
         bias.update(table=empty(heads, offsets))
     call = dict(key_mask=None, scale=dim**-0.5, shift=0, left=-1, right=0, negative_slope=0.01, published=False, **bias)
-    kept = configs.arch, triton.runtime.JITFunction.run
-    configs.arch = lambda device: chip
-    triton.runtime.JITFunction.run = write_down
-    try:
+    with written_down(chip) as made:
         if backward:
             need = dict.fromkeys(("need_q", "need_kv", "need_weights", "need_base"), True)
             mix_launch.backward(out, None, q, k, v, out, empty(1, heads, length), out, *weights, **call, **need)
         else:
             mix_launch.forward(q, k, v, *weights, **call, keep_rest=bits == 16)
-    finally:
-        configs.arch, triton.runtime.JITFunction.run = kept
     yield from made
-
-
-def compiled(chip: str, kernel: Any, arguments: dict[str, Any]) -> Any:
-    options = {name: arguments[name] for name in ("num_warps", "num_stages")}
-    return triton.compile(
-        source(kernel, arguments, CHIPS[chip].target.backend == "hip"), target=CHIPS[chip].target, options=options
-    )
 
 
 def compile_and_count(chip: str, name: str, bits: int, width: int, rule: str) -> dict[str, Any]:
@@ -97,12 +79,7 @@ def compile_and_count(chip: str, name: str, bits: int, width: int, rule: str) ->
     row = dict(chip=chip, direction=name, bits=bits, width=width, rule=rule, row=direction)
     row.update(block_m=block_m, block_n=block_n, num_warps=arguments["num_warps"])
     row.update(num_stages=arguments["num_stages"], precision=arguments["PRECISION"])
-    try:
-        return {**row, **count(chip, compiled(chip, kernel, arguments), block_m * block_n)}
-    except Exception as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        return {**row, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+    return counted(row, kernel, arguments, block_m * block_n)
 
 
 def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:

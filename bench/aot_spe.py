@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .aot import CHIPS, DTYPES, count, source
+from .aot import DTYPES, compiled, count, counted, written_down
 
 # kernel -> the config row it runs with, and whether backward launches it
 KERNELS = {
@@ -30,12 +29,7 @@ def launches(
     chip: str, bits: int, name: str, backward: bool, heads: int = 16, dim: int = 64, features: int = 64, sines: int = 10
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(kernel, its arguments by name) of each launch of one causal call with a batch of 1; nothing runs."""
-    from posattn.kernels import configs, linear_launch, spe_launch
-
-    made: list[tuple[Any, dict[str, Any]]] = []
-
-    def write_down(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        made.append((kernel, {**dict(zip(kernel.arg_names, args)), **kwargs, "grid": grid}))
+    from posattn.kernels import linear_launch, spe_launch
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -52,10 +46,7 @@ def launches(
     conv = dict(**filters, noise=seed, realizations=features, **place)
     linear = dict(key_mask=None, state=None, sums=None, feature_map="elu", causal=True)
     need = dict(need_inputs=True, need_codes=True)
-    kept = configs.arch, triton.runtime.JITFunction.run
-    configs.arch = lambda device: chip
-    triton.runtime.JITFunction.run = write_down
-    try:
+    with written_down(chip) as made:
         if name in LINEAR and backward:
             wanted = dict(need_q=True, need_kv=True, need_state=False)
             linear_launch.backward(v, None, None, qhat, khat, v, v, empty(1, heads, LENGTH), **linear, **wanted)
@@ -69,16 +60,7 @@ def launches(
             spe_launch.conv_backward(qhat, khat, q, k, **conv, **need)
         else:
             spe_launch.conv_forward(q, k, **conv)
-    finally:
-        configs.arch, triton.runtime.JITFunction.run = kept
     yield from made
-
-
-def compiled(chip: str, kernel: Any, arguments: dict[str, Any]) -> Any:
-    options = {name: arguments[name] for name in ("num_warps", "num_stages")}
-    return triton.compile(
-        source(kernel, arguments, CHIPS[chip].target.backend == "hip"), target=CHIPS[chip].target, options=options
-    )
 
 
 def sizes_of(name: str, limit: int) -> dict[str, int]:
@@ -102,12 +84,7 @@ def compile_and_count(chip: str, name: str, bits: int, width: int, rule: str) ->
     row = dict(chip=chip, direction=name, bits=bits, width=width, rule=rule, row=direction)
     row.update(block_m=block_m, block_n=block_n, num_warps=arguments["num_warps"])
     row.update(num_stages=arguments["num_stages"], precision=arguments["PRECISION"])
-    try:
-        return {**row, **count(chip, compiled(chip, kernel, arguments), block_m * (block_n or 1))}
-    except Exception as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        return {**row, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+    return counted(row, kernel, arguments, block_m * block_n)
 
 
 def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:

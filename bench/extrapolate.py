@@ -26,7 +26,7 @@ from .machine import describe, slug
 from .positions import POSITIONS, chosen
 from .progress import progress
 from .resume import Finished
-from .train import LAST, Recipe, evaluate, train
+from .train import LAST, Recipe, curve, evaluate, train
 
 VERSION = 1  # to be raised when the code changes what a plan gives: results of another version are not reused
 QUICK = ("alibi", "kerple", "dape-kerple")
@@ -157,14 +157,11 @@ def one_model(todo: Plan, kind: str, seed: int, corpus: Corpus, device: str) -> 
         held_out = corpus.held_out[: todo.held_out + 1]
         with progress("evaluating", len(todo.evaluated), "bits per byte") as tell:
             rows = evaluate(model, held_out, todo.evaluated, device, tell)
-    losses = training["bits_per_byte"]
-    each = -(-len(losses) // 50)  # the mean of that many steps: 50 numbers a model are enough
-    curve = [sum(losses[i : i + each]) / len(losses[i : i + each]) for i in range(0, len(losses), each)]
     return {
         "kind": kind,
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training": {"seconds": training["seconds"], "bits_per_byte": [round(bits, 4) for bits in curve]},
+        "training": {"seconds": training["seconds"], "bits_per_byte": curve(training["bits_per_byte"])},
         "lengths": rows,
     }
 

@@ -22,7 +22,7 @@ from .byte_model import ByteModel, Size
 from .corpus import Corpus, read_corpus
 from .resume import Finished
 from .spe_workers import each
-from .train import LAST, Recipe, evaluate, train
+from .train import LAST, Recipe, curve, evaluate, train
 
 VERSION = 1  # to be raised when the code changes what a plan gives: results of another version are not reused
 KINDS = {"none": "none", "absolute": "learned absolute", "sine": "SineSPE, gated", "conv": "ConvSPE, gated"}
@@ -95,14 +95,11 @@ def one_model(todo: Plan, kind: str, seed: int, device: str) -> dict[str, Any]:
         training = train(model, corpus().train, todo.recipe._replace(seed=seed), device, lambda done, value: None)
         # Windows of every length must end where the longest end.
         rows = evaluate(model, corpus().held_out[: todo.held_out + 1], todo.evaluated, device)
-    losses = training["bits_per_byte"]
-    per = -(-len(losses) // 50)  # the mean of that many steps: 50 numbers a model are enough
-    curve = [sum(losses[i : i + per]) / len(losses[i : i + per]) for i in range(0, len(losses), per)]
     return {
         "kind": kind,
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training": {"seconds": training["seconds"], "bits_per_byte": [round(bits, 4) for bits in curve]},
+        "training": {"seconds": training["seconds"], "bits_per_byte": curve(training["bits_per_byte"])},
         "lengths": rows,
     }
 

@@ -65,6 +65,13 @@ def train(
     return {"seconds": time.perf_counter() - start, "bits_per_byte": losses}
 
 
+def curve(losses: Sequence[float]) -> list[float]:
+    """Means of so many steps each that 50 numbers are left: enough for a model, of any length of training."""
+    each = -(-len(losses) // 50)
+    parts = (losses[i : i + each] for i in range(0, len(losses), each))
+    return [round(sum(part) / len(part), 4) for part in parts]
+
+
 @torch.no_grad()
 def evaluate(
     model: ByteModel,

@@ -71,7 +71,7 @@ class Problem:
             blocks = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
             if direction == "diagonals":
                 blocks = dict(BLOCK=config.block_m, SUM_PRECISION=configs.sum_precision(self.q.device))
-            with torch.cuda.device(self.q.device) if self.q.is_cuda else contextlib.nullcontext():
+            with on(self.q):
                 kernel[(programs(config),)](
                     *tensors,
                     **arguments,
@@ -99,6 +99,11 @@ class Problem:
 
     def row_programs(self, config: configs.Config) -> int:
         return triton.cdiv(self.queries, config.block_m) * self.batch * self.heads
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the GPU that x lives on; the interpreter's tensors have none."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def padded(d: int) -> int:

@@ -7,7 +7,6 @@ CHUNK positions the states of all are R (DV + 1) / CHUNK numbers a position. Inp
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from . import configs, linear_configs
 from .chunk_read import read_by_feature, read_by_value
 from .chunk_states import chunk_states, row_products, scan_chunks
-from .launch import padded, rows_contiguous, strides
+from .launch import on, padded, rows_contiguous, strides
 
 
 class Chunks:
@@ -42,7 +41,7 @@ class Chunks:
             BLOCK_V=min(config.block_v, padded(self.values)), WIDTH=padded(self.features),
             VALUE_DIM=padded(self.values),
         )  # fmt: skip
-        with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+        with on(like):
             kernel[(programs(sizes),)](
                 **arguments, **{name: sizes[name] for name in blocks}, H=self.heads, R=self.features, DV=self.values,
                 CHUNK=self.chunk, MAP=self.map, PRECISION=configs.dot_precision(like, config),
@@ -78,7 +77,7 @@ class Chunks:
         for made, first, total in ((states, start, all_states), (sums, start_sums, all_sums)):
             size = made[0, 0].numel()
             first = None if first is None else first.contiguous()
-            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            with on(x):
                 scan_chunks[(triton.cdiv(size, 64) * heads,)](
                     made, first, total, chunks, size, REVERSE=reverse, BLOCK_C=16, BLOCK_E=64, num_warps=4
                 )
@@ -138,7 +137,7 @@ def backward(
     do = rows_contiguous(torch.zeros_like(out) if grad_out is None else grad_out)
     w, y0 = torch.empty_like(den), torch.empty_like(den)
     rows = den.numel()
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on(q):
         row_products[(triton.cdiv(rows, 32),)](
             out, do, den, w, y0, *out.stride()[:3], *do.stride()[:3], den.shape[2], rows, p.heads, BLOCK=32,
             DV=p.values, VALUE_DIM=padded(p.values),

@@ -9,7 +9,6 @@ checked.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from . import mix
 from .configs import dot_precision
-from .launch import Problem, padded, rows_contiguous, strides
+from .launch import Problem, on, padded, rows_contiguous, strides
 from .mix import mix_forward
 from .mix_backward import add_strips, mix_backward
 from .mix_cells import Cell, Grid
@@ -65,9 +64,6 @@ class Mixing:
     def scratch(self, planes: int, dtype: torch.dtype) -> Tensor:
         """Zeros, for what no program writes must be finite."""
         return torch.zeros(self.grid.shape(planes), dtype=dtype, device=self.p.q.device)
-
-    def device(self) -> Any:
-        return torch.cuda.device(self.p.q.device) if self.p.q.is_cuda else contextlib.nullcontext()
 
     def place(self, cell: Cell) -> dict[str, int]:
         place = dict(m0=cell.m0, m1=cell.m1, n0=cell.n0, KEYS=cell.keys, C=self.grid.rows, W=self.grid.width)
@@ -135,7 +131,7 @@ def forward(
     hidden = mixing.scratch(mixing.units, mixing.stored) if mixing.convolved else None
     sums = torch.empty(*grid.shape(p.heads)[:3], p.value_dim + 2, dtype=torch.float32, device=q.device)
     acc, state = sums.view(-1).split([S[..., 0].numel() * p.value_dim, S[..., 0].numel() * 2])
-    with mixing.device():
+    with on(mixing.p.q):
         for cell in grid.cells():
             wide = cell.wider(grid.margin, p.keys)
             mixing.scores(wide, S)
@@ -237,7 +233,7 @@ def backward(
     do, out, rest = rows_contiguous(grad_out), rows_contiguous(out), rows_contiguous(rest)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    with mixing.device():
+    with on(mixing.p.q):
         row_sums[triton.cdiv(p.queries, 64), p.batch * p.heads](
             out, rest if rest.numel() else None, do, lse, grad_lse, lse2, delta, p.queries, p.heads,
             **strides(o=out, do=do), DV=p.value_dim, VALUE_DIM=padded(p.value_dim), BLOCK_M=64,
@@ -259,7 +255,7 @@ def backward(
     weights = mixing.scratch(p.heads, q.dtype) if mixing.convolved else X
     hidden = mixing.scratch(mixing.units, mixing.stored) if mixing.convolved else None
     sums = Sums(mixing, [cell.wider(grid.margin, p.keys) for cell in cells])
-    with mixing.device():
+    with on(mixing.p.q):
         for cell in cells:
             wide = cell.wider(grid.margin, p.keys)
             mixing.scores(wide, S, X, do, delta)

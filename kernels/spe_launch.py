@@ -6,7 +6,6 @@ Inputs are taken as checked.
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -15,14 +14,10 @@ from torch import Tensor
 
 from . import configs, linear_configs
 from .conv import filter_backward, filter_forward, filter_gradient
-from .launch import padded, rows_contiguous, strides
+from .launch import on, padded, rows_contiguous, strides
 from .sine import prepare_sines
 from .sine import sine_backward as sine_backward_kernel
 from .sine import sine_forward as sine_forward_kernel
-
-
-def on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 class Sines:
@@ -100,8 +95,9 @@ def sine_backward(
         )  # fmt: skip
         inputs.append(x.new_empty(0) if dx is None else dx)
         if part is not None:
-            gained, _, moment = (each.sum((0, 1), dtype=torch.float64) for each in part.unbind(-2))
-            turn = part[..., 1, :].sum(0, dtype=torch.float64)
+            gained, turn, moment = part.unbind(-2)
+            gained, moment = (each.sum((0, 1), dtype=torch.float64) for each in (gained, moment))
+            turn = turn.sum(0, dtype=torch.float64)
             base = start + torch.arange(runs, device=x.device, dtype=torch.float64) * (run * p.rows)
             sums.append((gained, turn.sum(0), moment + turn.mul(base[:, None, None, None]).sum(0)))
     if not need_codes:

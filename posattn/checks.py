@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +51,19 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
-def check_together(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """query, key, value beside each other (after autocast, which may make their dtypes agree)."""
+def check_alike(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """One dtype and one device (after autocast, which may make their dtypes agree)."""
     if not query.dtype == key.dtype == value.dtype:
         dtypes = f"{query.dtype}, {key.dtype} and {value.dtype}"
         raise ValueError(f"query, key and value must have one dtype, got {dtypes}")
     if not query.device == key.device == value.device:
         devices = f"{query.device}, {key.device} and {value.device}"
         raise ValueError(f"query, key and value must be on one device, got {devices}")
+
+
+def check_together(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """query, key, value beside each other."""
+    check_alike(query, key, value)
     batch, heads, _, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     if key.shape[0] != batch:
@@ -210,12 +216,17 @@ def check_return_lse(return_lse: bool) -> None:
 
 
 def choose_backend(backend: str | None, query: Tensor, value: Tensor, bias: Any = None) -> str:
-    """ "triton" or "blockwise". An explicit "triton" that cannot be had is an error, never something else."""
+    """ "triton" or "blockwise"."""
+    return resolve_backend(backend, query, lambda: _why_not_triton(query, value, bias))
+
+
+def resolve_backend(backend: str | None, query: Tensor, why_not_triton: Callable[[], str | None]) -> str:
+    """An explicit "triton" that cannot be had is an error, never something else."""
     if backend not in (None, "triton", "blockwise"):
         raise ValueError(f'backend must be "triton", "blockwise" or None, got {backend!r}')
     if backend == "blockwise" or (backend is None and query.device.type != "cuda"):
         return "blockwise"
-    refusal = _why_not_triton(query, value, bias)
+    refusal = why_not_triton()
     if refusal is None:
         return "triton"
     if backend is None:
@@ -224,22 +235,27 @@ def choose_backend(backend: str | None, query: Tensor, value: Tensor, bias: Any 
 
 
 def _why_not_triton(query: Tensor, value: Tensor, bias: Any) -> str | None:
-    if query.dtype == torch.float64:
-        return "takes float16, bfloat16 and float32, got torch.float64"
     widest = max(query.shape[3], value.shape[3])
     if query.dtype == torch.float32 and widest > MAX_FLOAT32_HEAD_DIM:
         return f"takes head dims to {MAX_FLOAT32_HEAD_DIM} in float32, got {widest}"
+    return why_not_here(query) or _why_not_mixed(query, bias)
+
+
+def why_not_here(query: Tensor) -> str | None:
+    """Why no Triton kernel takes query's dtype on query's device."""
+    if query.dtype == torch.float64:
+        return "takes float16, bfloat16 and float32, got torch.float64"
     if not TRITON_INSTALLED:
         return "needs the package triton, which is not installed"
     if query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return _why_not_mixed(query, bias)  # Triton's interpreter: for tests
+        return None  # Triton's interpreter: for tests
     if query.device.type != "cuda":
         return f"needs tensors on a GPU, got device {query.device}"
     if torch.version.hip is None:
         properties = torch.cuda.get_device_properties(query.device)
         if properties.major < 8:
             return f"needs compute capability 8.0 or newer, got {properties.major}.{properties.minor}"
-    return _why_not_mixed(query, bias)
+    return None
 
 
 def _why_not_mixed(query: Tensor, bias: Any) -> str | None:

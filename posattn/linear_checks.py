@@ -35,13 +35,8 @@ class LinearState(NamedTuple):
 
 
 def check_together(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """query, key, value beside each other (after autocast, which may make their dtypes agree)."""
-    if not query.dtype == key.dtype == value.dtype:
-        dtypes = f"{query.dtype}, {key.dtype} and {value.dtype}"
-        raise ValueError(f"query, key and value must have one dtype, got {dtypes}")
-    if not query.device == key.device == value.device:
-        devices = f"{query.device}, {key.device} and {value.device}"
-        raise ValueError(f"query, key and value must be on one device, got {devices}")
+    """query, key, value beside each other."""
+    checks.check_alike(query, key, value)
     came = f"{_shape(key)}, query {_shape(query)}"
     for index, name in enumerate(("batch size", "heads", None, "head_dim")):
         if name is not None and key.shape[index] != query.shape[index]:
@@ -173,14 +168,9 @@ def choose_backend(
     backend: str | None, query: Tensor, value: Tensor, features: int, spe: Encoding | Codes | None
 ) -> str:
     """ "triton" or "blockwise", as `checks.choose_backend` does; features: the widest that are known so far."""
-    narrow = query[..., :1], value[..., :1]  # widths have limits of their own here
-    refusal = _why_not_triton(query, value, features, spe)
-    if refusal is None or backend not in (None, "triton"):
-        return checks.choose_backend(backend, *narrow)
-    if backend is None:
-        return "blockwise"
-    checks.choose_backend(backend, *narrow)
-    raise ValueError(f'backend="triton" {refusal}; backend="blockwise" serves it, backend=None chooses')
+    return checks.resolve_backend(
+        backend, query, lambda: checks.why_not_here(query) or _why_not_triton(query, value, features, spe)
+    )
 
 
 def _why_not_triton(query: Tensor, value: Tensor, features: int, spe: Encoding | Codes | None) -> str | None:

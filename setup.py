@@ -35,7 +35,7 @@ setup(
     keywords=["attention", "positional encoding", "TISA", "ALiBi", "T5", "KERPLE", "Triton", "PyTorch"],
     # posattn/kernels is a link to ../kernels, which has no __init__.py on purpose: with one, the folder would
     # hide the distribution named `kernels` from everything that runs in the project's root, builds included.
-    packages=["posattn", "posattn.biases", "posattn.kernels"],
+    packages=["posattn", "posattn.biases", "posattn.floater", "posattn.kernels"],
     package_data={"posattn": ["py.typed"]},
     python_requires=">=3.10,<3.14",
     # No upper bounds: torch pins its own Triton, so a fresh install always gets a pair that belongs together.

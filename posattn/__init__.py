@@ -3,6 +3,7 @@
 from .attention import attention
 from .biases import DAPE, FIRE, KERPLE, TISA, ALiBi, Bias, RelativeTable, Sandwich, T5Bias
 from .feature_maps import Favor
+from .floater import FLOATER, MLPDynamics
 from .linear_attention import LinearState, linear_attention
 from .noise import Noise
 from .ops import CHECKPOINT_OPS
@@ -16,6 +17,7 @@ __all__ = [
     "CHECKPOINT_OPS",
     "DAPE",
     "FIRE",
+    "FLOATER",
     "KERPLE",
     "TISA",
     "ALiBi",
@@ -27,6 +29,7 @@ __all__ = [
     "ConvSPE",
     "Favor",
     "LinearState",
+    "MLPDynamics",
     "Noise",
     "SineSPE",
     "attention",

@@ -1,0 +1,6 @@
+"""FLOATER: position vectors that follow a neural ODE, solved once and kept (Liu et al., ICML 2020)."""
+
+from .dynamics import MLPDynamics
+from .encoder import FLOATER
+
+__all__ = ["FLOATER", "MLPDynamics"]

@@ -1,0 +1,88 @@
+"""Reading a trajectory between the ends of its steps: from polynomials to vectors, and the way back of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .path import Step
+from .runge_kutta import DEGREE
+
+ROWS = 256  # on a CPU this many positions stay in a cache while they are summed up
+
+
+class Times(NamedTuple):
+    """Ascending times, and which of them each step reaches.
+
+    powers (n, DEGREE): u, u^2, ... of each time, u its place within its step; bounds: step k has the times from
+    bounds[k] to bounds[k + 1]. A time at which one step ends and another begins belongs to the one that ends there.
+    """
+
+    powers: Tensor
+    bounds: list[int]
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(k, from, to) of the steps that have times."""
+        for k, (start, end) in enumerate(zip(self.bounds, self.bounds[1:])):
+            if start < end:
+                yield k, start, end
+
+
+def locate(times: Tensor, starts: Sequence[float], sizes: Sequence[float], like: Tensor) -> Times:
+    """`times` ascend, float64 on the CPU."""
+    begin, size = torch.tensor([starts, sizes], dtype=torch.float64)
+    bounds = [0, *torch.searchsorted(times, begin + size, right=True).tolist()]
+    bounds[-1] = len(times)  # whatever rounding does to the last time of all
+    at = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(bounds).diff())
+    place = ((times - begin[at]) / size[at]).clamp(0, 1)
+    return Times((place[:, None] ** torch.arange(1, DEGREE + 1)).to(like), bounds)
+
+
+def read(steps: Sequence[Step], times: Times, out: Tensor) -> None:
+    """Write the vectors at `times` to out (streams, layers, n, dim), of whatever dtype.
+
+    Sums of products element by element: a vector does not depend on which others are read along with it.
+    """
+    for k, start, end in times.spans():
+        state, parts = steps[k].state[..., None, :], steps[k].coefficients.unsqueeze(-2).unbind()
+        rows = ROWS if out.device.type == "cpu" else end - start
+        for first in range(start, end, rows):
+            last = min(first + rows, end)
+            place, into = times.powers[first:last], out[..., first:last, :]
+            wide = into if into.dtype == state.dtype else state.new_empty(into.shape)
+            torch.addcmul(state, parts[0], place[:, :1], out=wide)
+            for j in range(1, DEGREE):
+                wide.addcmul_(parts[j], place[:, j : j + 1])
+            if wide is not into:
+                into.copy_(narrowed(wide, into.dtype))
+
+
+def narrowed(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`. Raises RuntimeError where float16 has no such numbers."""
+    made = vectors.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(made).all()):
+        raise RuntimeError(
+            f"FLOATER's vectors reach {vectors.abs().max():.3g}, beyond float16 (65504): use bfloat16 or float32 "
+            "parameters, a smaller delta_t, or smaller weights of the dynamics"
+        )
+    return made
+
+
+def read_with_grad(states: Sequence[Tensor], coefficients: Sequence[Tensor], times: Times) -> Tensor:
+    """The same as a differentiable function of the steps' states and coefficients: (streams, layers, n, dim)."""
+    parts = [
+        states[k][..., None, :] + torch.einsum("nj,jsld->slnd", times.powers[start:end], coefficients[k])
+        for k, start, end in times.spans()
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def gradients(grad_out: Tensor, times: Times, k: int) -> tuple[Tensor, Tensor]:
+    """Those of step k's state (streams, layers, dim) and coefficients (DEGREE, streams, layers, dim)."""
+    start, end = times.bounds[k], times.bounds[k + 1]
+    grad, powers = grad_out[..., start:end, :], times.powers[start:end]
+    both = torch.cat([torch.ones_like(powers[:, :1]), powers], dim=1).T @ grad  # (streams, layers, 1 + DEGREE, dim)
+    return both[..., 0, :], both[..., 1:, :].movedim(-2, 0)

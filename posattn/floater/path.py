@@ -112,19 +112,18 @@ class Path:
         raise RuntimeError(watch.lost())
 
     def _march(self, end: float, watch: _Watch) -> None:
-        """Steps of one size, at multiples of it."""
-        size = self.plan.step_size
-        while not self.steps or self.end < end:
-            watch.start = watch.tried = len(self.steps) * size
-            times = times_of(self.method, [watch.start], [size], self.initial)[0]
+        """Steps of one size, at multiples of it. A GPU is waited for once, at the end."""
+        size, kept = self.plan.step_size, len(self.steps)
+        starts = [k * size for k in range(kept, max(kept + 1, math.ceil(end / size)))]
+        for start, times in zip(starts, times_of(self.method, starts, [size] * len(starts), self.initial)):
+            watch.start = start
             made = step(self.method, watch.evaluate, times, size, watch.state, watch.slope)
-            watch.slopes, watch.reached = made.slopes[1:], made.end
-            watch.slope = made.slopes[0]
+            watch.slope, watch.slopes, watch.reached = made.slopes[0], made.slopes[1:], made.end
             watch.keep(size)
         if not torch.isfinite(watch.state).all():
-            while self.steps and not torch.isfinite(self.steps[-1].state).all():
-                self.steps.pop()
-            watch.start, watch.state = self.end, self.steps[-1].state
+            bad = next((k for k, step in enumerate(self.steps) if not torch.isfinite(step.state).all()), len(self.steps))
+            watch.start, watch.state = self.steps[bad - 1].start, self.steps[bad - 1].state
+            self.steps = self.steps[: bad - 1]
             raise RuntimeError(watch.lost())
 
 

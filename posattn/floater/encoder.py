@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..biases.bias import check_integer, no_autocast
 from .dynamics import MLPDynamics, check_number
 from .gradient import GRADIENTS, Dynamics, solve, vectors
+from .held import Held
 from .official import official_parts
 from .path import Path, Plan, Solve
 from .reading import narrowed
@@ -102,6 +104,7 @@ class FLOATER(nn.Module):
         self.initial = nn.Parameter(torch.zeros(len(self.streams), num_layers, dim))
         self._table = Table()
         self._last_solve: Solve | None = None
+        self._held: Held | None = None
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 
@@ -127,6 +130,30 @@ class FLOATER(nn.Module):
     def clear(self) -> None:
         """Forget the vectors that are kept; the next call solves."""
         self._table.clear()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Solve once for all calls of forward in this block, and differentiate the solve once, at the end of it.
+
+        For the steps of gradient accumulation, or for several steps of the optimizer: parameters of this module get no
+        gradient within the block, so that an optimizer leaves them alone, and at its end the sum of what all its
+        backward passes would have given, exactly; step the optimizer after it. Changing these parameters within the
+        block is an error at its end. Calls of `at` are not held, and the gradients come outside of what
+        DistributedDataParallel waits for. RuntimeError if a block is open already.
+
+            >>> encoder = FLOATER(dim=8, num_layers=2)
+            >>> with encoder.hold():
+            ...     for _ in range(4):
+            ...         encoder(length=5).square().sum().backward()
+        """
+        if self._held is not None:
+            raise RuntimeError("hold is in use already: blocks of it cannot be nested")
+        self._held = held = Held()
+        try:
+            yield
+            held.settle()
+        finally:
+            self._held = None
 
     @classmethod
     def from_official(
@@ -184,7 +211,8 @@ class FLOATER(nn.Module):
         if length == 0:
             return self.initial[:, :, None, :].expand(-1, -1, 0, -1)
         if self._differentiates():
-            return self._solved(torch.arange(length, dtype=torch.float64) * self.delta_t)
+            solve = lambda: self._solved(torch.arange(length, dtype=torch.float64) * self.delta_t)
+            return solve() if self._held is None else self._held.vectors(length, solve)
         return self._table.vectors(length, self._key(), self._path, self._reach, self.initial.dtype)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -230,7 +258,7 @@ class FLOATER(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what is kept."""
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_table": None, "_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,6 +98,8 @@ class FLOATER(nn.Module):
             raise TypeError(f"dynamics must be an nn.Module or None, got {type(dynamics).__name__}")
         if dynamics is not None and gain != 0.0:
             raise ValueError(f"gain is for the dynamics made here (dynamics=None), got gain={gain} and dynamics")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
         self.dynamics = MLPDynamics(dim, gain=gain) if dynamics is None else dynamics
@@ -168,13 +170,13 @@ class FLOATER(nn.Module):
             prefix: "encoder." or "decoder.", or what else stands before these names.
             part: "cross" for the other flow of a decoder: proj_bias_encattn_kv (2, layers, dim), proj_flow_encattn_kv;
                 streams cross_key, cross_value.
-            options: of FLOATER; delta_t is the state dict's time_dt if not given.
+            options: of FLOATER; delta_t is the state dict's time_dt if not given, or 0.01, which it is in their code.
 
-        Raises ValueError for missing keys, wrong shapes and convolutional flows. Vectors are those that the equation
-        defines: the authors' solver returns some float32 states a fifth of a position late.
+        Raises TypeError, and ValueError for missing keys, wrong shapes and convolutional flows. Vectors are those that
+        the equation defines: the authors' solver returns some float32 states a fifth of a position late.
         """
         found = official_parts(state_dict, prefix, _check_one_of("part", part, ("self", "cross")))
-        options = {"delta_t": found.delta_t, **options} if found.delta_t is not None else options
+        options = {"delta_t": found.delta_t, **options}
         layers, dim = found.initial.shape[1:]
         encoder = cls(dim, layers, found.streams, **options)
         with torch.no_grad():
@@ -211,7 +213,8 @@ class FLOATER(nn.Module):
         if length == 0:
             return self.initial[:, :, None, :].expand(-1, -1, 0, -1)
         if self._differentiates():
-            solve = lambda: self._solved(torch.arange(length, dtype=torch.float64) * self.delta_t)
+            times = torch.arange(length, dtype=torch.float64) * self.delta_t
+            solve: Callable[[], Tensor] = lambda: self._solved(times)
             return solve() if self._held is None else self._held.vectors(length, solve)
         return self._table.vectors(length, self._key(), self._path, self._reach, self.initial.dtype)
 

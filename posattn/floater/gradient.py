@@ -27,6 +27,10 @@ from .reading import Times, gradients, locate, read, read_with_grad
 from .runge_kutta import METHODS, Field, Slopes, coefficients, dense_of, step, times_of
 
 GRADIENTS = ("checkpoint", "direct", "adjoint")
+SECOND = (
+    'the vectors of posattn.FLOATER have a second derivative only with gradient="direct": make it so for a gradient of '
+    "their gradient (gradient penalty, Hessian-vector product)"
+)
 
 
 class Dynamics:
@@ -158,14 +162,19 @@ def _retrace(
         with torch.enable_grad(), no_autocast(grad_out.device.type):
             state = states[k].detach().requires_grad_()
             made = taken.again(k, field, state)
-            outputs, arriving = ([], []) if grad_state is None else ([made.end], [grad_state])
+            pairs = [] if grad_state is None else [(made.end, grad_state)]
+            here = torch.zeros_like(state)
             if read_here:
                 here, grad_coefficients = gradients(grad_out, taken.times, k)
-                outputs.append(taken.coefficients(k, made))
-                arriving.append(grad_coefficients)
-            grad_state, *more = torch.autograd.grad(outputs, [state, *tensors], arriving, allow_unused=True)
-        if read_here:
-            grad_state = grad_state + here
+                pairs.append((taken.coefficients(k, made), grad_coefficients))
+            pairs = [(made, grad) for made, grad in pairs if made.requires_grad]
+            asked = (state, *tensors)
+            found: tuple[Tensor | None, ...] = (None,) * len(asked)
+            if pairs:
+                outputs, arriving = zip(*pairs)
+                found = torch.autograd.grad(outputs, asked, arriving, allow_unused=True)
+        first, *more = found
+        grad_state = here if first is None else here + first
         grads = [new if old is None else old if new is None else old + new for old, new in zip(grads, more)]
     return grad_state, grads
 
@@ -173,10 +182,12 @@ def _retrace(
 class _RefuseSecondOfSolve(_RefuseSecond):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            'the vectors of posattn.FLOATER have a second derivative only with gradient="direct": make it so for a '
-            "gradient of their gradient (gradient penalty, Hessian-vector product)"
-        )
+        raise RuntimeError(SECOND)
+
+
+def _refuse_second(grad: Tensor) -> None:
+    if torch.is_grad_enabled():  # under create_graph=True only
+        raise RuntimeError(SECOND)
 
 
 def _direct(taken: Taken, state: Tensor, field: Field) -> Tensor:
@@ -206,4 +217,7 @@ def _adjoint(taken: Taken, initial: Tensor, dynamics: Dynamics) -> Tensor:
         adjoint_params=tuple(x for x in dynamics.tensors.values() if x.requires_grad),
     )
     parts = [checkpoint(part, k, states[k], use_reentrant=False) for k in range(len(sizes))]
-    return read_with_grad(states.unbind(), parts, taken.times)
+    out = read_with_grad(states.unbind(), parts, taken.times)
+    if out.requires_grad:
+        out.register_hook(_refuse_second)
+    return out

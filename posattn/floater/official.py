@@ -18,14 +18,19 @@ PARTS = {
 }
 
 
+DELTA_T = 0.01  # in their code; the paper has 0.1
+
+
 class Official(NamedTuple):
     initial: Tensor
     dynamics: dict[str, Tensor]  # as MLPDynamics names them
     streams: tuple[str, ...]
-    delta_t: float | None
+    delta_t: float
 
 
 def official_parts(state_dict: Mapping[str, Tensor], prefix: str, part: str) -> Official:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     found = [names for names in PARTS[part] if prefix + names[0] in state_dict]
     if not found:
         wanted = " or ".join(prefix + bias for bias, _, _ in PARTS[part])
@@ -50,7 +55,8 @@ def official_parts(state_dict: Mapping[str, Tensor], prefix: str, part: str) -> 
             if state_dict[key].shape != shape:
                 raise ValueError(f"{key} must be {shape}, got {tuple(state_dict[key].shape)}")
             dynamics[f"{ours}.{name}"] = state_dict[key]
-    time = state_dict.get(f"{prefix}time_dt")
-    # a float32 in the file: the number that was meant is the shortest one that rounds to it
-    delta_t = None if time is None else float(str(time.detach().to("cpu", torch.float32).numpy()))
+    time = state_dict.get(f"{prefix}time_dt", torch.tensor(DELTA_T))
+    if time.numel() != 1:
+        raise ValueError(f"{prefix}time_dt must be one number, got {tuple(time.shape)}")
+    delta_t = float(f"{time.item():.7g}")  # kept in float32: the number that was meant
     return Official(initial, dynamics, streams, delta_t)

@@ -119,11 +119,13 @@ class Path:
             watch.start = start
             made = step(self.method, watch.evaluate, times, size, watch.state, watch.slope)
             watch.slope, watch.slopes, watch.reached = made.slopes[0], made.slopes[1:], made.end
-            watch.keep(size)
-        if not torch.isfinite(watch.state).all():
-            bad = next((k for k, step in enumerate(self.steps) if not torch.isfinite(step.state).all()), len(self.steps))
-            watch.start, watch.state = self.steps[bad - 1].start, self.steps[bad - 1].state
-            self.steps = self.steps[: bad - 1]
+            watch.keep(size, finite=False)
+        numbers = torch.stack([torch.isfinite(step.coefficients).all() for step in self.steps[kept:]])
+        if not numbers.all():
+            last = self.steps[kept + int(numbers.int().argmin())]
+            self.steps = [step for step in self.steps if step.start < last.start]
+            watch.start, watch.state, watch.slope, watch.slopes = last.start, last.state, last.slope, []
+            watch.reached = last.coefficients.sum(0)
             raise RuntimeError(watch.lost())
 
 
@@ -163,24 +165,28 @@ class _Watch:
         tried = float(size)
         if not self.start + tried > self.start:
             raise _Lost
-        self.tried, self.slopes = tried, []
         if self.taken + self.rejected >= self.path.plan.max_steps:
             raise _TooMany
+        self.tried, self.slopes = tried, []
 
     def callback_accept_step(self, start: Tensor, state: Tensor, size: Tensor) -> None:
-        self.keep(self.tried)
+        if not self.keep(self.tried):
+            raise _Lost
 
     def callback_reject_step(self, start: Tensor, state: Tensor, size: Tensor) -> None:
         self.rejected += 1
 
-    def keep(self, size: float) -> None:
+    def keep(self, size: float, finite: bool = True) -> bool:
+        """Add the step to the path; not if its polynomial is not `finite`, which a state may still be then."""
         assert self.slope is not None
         slopes = [self.slope, *self.slopes]
-        self.path.steps.append(
-            Step(self.start, size, self.state, self.slope, coefficients(self.path.dense, slopes, size))
-        )
+        made = coefficients(self.path.dense, slopes, size)
+        if finite and not torch.isfinite(made).all():
+            return False
+        self.path.steps.append(Step(self.start, size, self.state, self.slope, made))
         self.start, self.state, self.slope = self.start + size, self.reached, slopes[-1]
         self.taken += 1
+        return True
 
     def lost(self) -> str:
         """What to say of a trajectory that leaves the numbers there are."""

@@ -73,11 +73,13 @@ def narrowed(vectors: Tensor, dtype: torch.dtype) -> Tensor:
 
 def read_with_grad(states: Sequence[Tensor], coefficients: Sequence[Tensor], times: Times) -> Tensor:
     """The same as a differentiable function of the steps' states and coefficients: (streams, layers, n, dim)."""
-    parts = [
-        states[k][..., None, :] + torch.einsum("nj,jsld->slnd", times.powers[start:end], coefficients[k])
-        for k, start, end in times.spans()
-    ]
-    return torch.cat(parts, dim=2)
+    read = []
+    for k, start, end in times.spans():
+        here = states[k][..., None, :]
+        for j, part in enumerate(coefficients[k].unsqueeze(-2)):
+            here = torch.addcmul(here, part, times.powers[start:end, j : j + 1])
+        read.append(here)
+    return torch.cat(read, dim=2)
 
 
 def gradients(grad_out: Tensor, times: Times, k: int) -> tuple[Tensor, Tensor]:

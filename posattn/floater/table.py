@@ -30,8 +30,9 @@ def key_of(tensors: Iterable[Tensor], *settings: Any) -> Key:
     return Key((facts, settings), (*tensors, *(x.detach() for x in tensors)))
 
 
-def version_of(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor) -> Any:
+    """The count of changes in place; of a tensor without one (made in inference mode) something that never repeats."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 class _Kept(NamedTuple):
@@ -39,7 +40,7 @@ class _Kept(NamedTuple):
     path: Path
     rows: Tensor  # (streams, layers, capacity, dim)
     filled: int
-    version: int  # of `rows` after the last write of our own
+    version: Any  # of `rows` after the last write of our own
 
 
 class Table:

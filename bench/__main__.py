@@ -9,6 +9,7 @@ python -m bench extrapolate  eleven ways to tell positions, each far beyond its 
 python -m bench chomsky      the same ways on formal-language tasks, trained on short strings, tested on long ones
 python -m bench dape         time and memory of DAPE and FIRE beside the same formula in plain PyTorch
 python -m bench spe          SineSPE and ConvSPE with linear attention: time, memory, error, a language model
+python -m bench floater      FLOATER: the cost of position vectors from a neural ODE, a language model
 python -m bench listops      ListOps with linear attention: learned absolute positions against SineSPE
 python -m bench gate         the kernels against float64
 python -m bench kernels      what the kernels compile to, without a GPU
@@ -46,6 +47,10 @@ def main(argv: list[str]) -> int:
         from .spe import main as spe
 
         return spe(argv[1:])
+    if argv[:1] == ["floater"]:
+        from .floater import main as floater
+
+        return floater(argv[1:])
     if argv[:1] == ["listops"]:
         from .listops import main as listops
 

@@ -111,3 +111,24 @@ def test_copies_hold_nothing(encoder):
         for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
             other(9).sum().backward()
             assert other.initial.grad is not None
+
+
+def test_models_with_encoders():
+    """An encoder and a decoder with three FLOATERs: the block's gradients are those of a solve a pass, in float64."""
+    model = torch.nn.Transformer(16, 2, 1, 2, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    attachment = posattn.floater.attach(model)
+    for encoder in attachment.encoders.values():
+        torch.nn.init.normal_(encoder.dynamics.linear2.weight, std=0.1)
+    source, target = torch.randn(2, 2, 7, 16, dtype=torch.float64)
+
+    def backward():
+        for length in (7, 5):
+            model(source[:, :length], target).square().sum().backward()
+
+    backward()
+    want = gradients(attachment)
+    with attachment.hold():
+        backward()
+        assert all(parameter.grad is None for parameter in attachment.parameters())
+    for got, wanted in zip(gradients(attachment), want):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))

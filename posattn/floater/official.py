@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DELTA_T = 0.01  # where a state dict has no time_dt; the paper has 0.1
 # part -> (name of p(0), name of the flow, streams)
 PARTS = {
     "self": (
@@ -16,9 +17,6 @@ PARTS = {
     ),
     "cross": (("proj_bias_encattn_kv", "proj_flow_encattn_kv", ("cross_key", "cross_value")),),
 }
-
-
-DELTA_T = 0.01  # in their code; the paper has 0.1
 
 
 class Official(NamedTuple):

@@ -48,6 +48,7 @@ class Step(NamedTuple):
     state: Tensor
     slope: Tensor
     coefficients: Tensor
+    reached: Tensor  # the state at the end
 
     @property
     def end(self) -> float:
@@ -183,7 +184,7 @@ class _Watch:
         made = coefficients(self.path.dense, slopes, size)
         if finite and not torch.isfinite(made).all():
             return False
-        self.path.steps.append(Step(self.start, size, self.state, self.slope, made))
+        self.path.steps.append(Step(self.start, size, self.state, self.slope, made, self.reached))
         self.start, self.state, self.slope = self.start + size, self.reached, slopes[-1]
         self.taken += 1
         return True

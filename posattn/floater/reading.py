@@ -18,11 +18,13 @@ class Times(NamedTuple):
     """Ascending times, and which of them each step reaches.
 
     powers (n, DEGREE): u, u^2, ... of each time, u its place within its step; bounds: step k has the times from
-    bounds[k] to bounds[k + 1]. A time at which one step ends and another begins belongs to the one that ends there.
+    bounds[k] to bounds[k + 1]. A time at which one step ends and another begins belongs to the one that ends there;
+    at_end has the steps whose last time that is.
     """
 
     powers: Tensor
     bounds: list[int]
+    at_end: set[int]
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """(k, from, to) of the steps that have times."""
@@ -38,13 +40,15 @@ def locate(times: Tensor, starts: Sequence[float], sizes: Sequence[float], like:
     bounds[-1] = len(times)  # whatever rounding does to the last time of all
     at = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(bounds).diff())
     place = ((times - begin[at]) / size[at]).clamp(0, 1)
-    return Times((place[:, None] ** torch.arange(1, DEGREE + 1)).to(like), bounds)
+    at_end = set(at[place == 1.0].tolist())
+    return Times((place[:, None] ** torch.arange(1, DEGREE + 1)).to(like), bounds, at_end)
 
 
 def read(steps: Sequence[Step], times: Times, out: Tensor) -> None:
     """Write the vectors at `times` to out (streams, layers, n, dim), of whatever dtype.
 
-    Sums of products element by element: a vector does not depend on which others are read along with it.
+    Sums of products element by element: a vector does not depend on which others are read along with it. At the end of
+    a step it is the solver's state there, which the polynomial gives with its own rounding.
     """
     for k, start, end in times.spans():
         state, parts = steps[k].state[..., None, :], steps[k].coefficients.unsqueeze(-2).unbind()
@@ -58,6 +62,8 @@ def read(steps: Sequence[Step], times: Times, out: Tensor) -> None:
                 wide.addcmul_(parts[j], place[:, j : j + 1])
             if wide is not into:
                 into.copy_(narrowed(wide, into.dtype))
+        if k in times.at_end:
+            out[..., end - 1, :] = narrowed(steps[k].reached, out.dtype)
 
 
 def narrowed(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,279 @@
+"""The tables and plots of `python -m bench floater`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contest import DIRECTIONS
+from .floater_peers import A_LAYER, DENSE, FIVE, OF_DIRECTION, OURS, PUBLISHED, SAME, TOGETHER, Place
+from .floater_training import GRADIENTS
+from .report import COLOURS, Row, drawing, markdown
+
+PEERS = list(dict.fromkeys(peer for peers in OF_DIRECTION.values() for peer in (OURS, SAME, *peers)))
+COLOUR_OF = dict(zip((OURS, SAME, TOGETHER, PUBLISHED, FIVE, DENSE, A_LAYER[1]), (*COLOURS, "#D55E00")))
+SHORT = dict(zip(DIRECTIONS, ("fwd", "fwd+bwd")))
+FOOTNOTES = (
+    "* one layer solved, its figures times the number of layers; ** a shorter length's figures times the ratio of\n"
+    "lengths, so at least that; 1 a single run, the others are medians. MiB beyond parameters and cotangent; vectors\n"
+    "themselves are part of it."
+)
+
+
+def gather(parts: dict[str, Row], headline: Place) -> Row:
+    """Results by kind, and the targets."""
+    found: Row = {
+        "cells": [cell for part in parts.values() for cell in part.get("cells", [])],
+        "cache": parts.get("cache"),
+        "steps": [part for name, part in parts.items() if name.startswith("step ")],
+        "gradients": [part for name, part in parts.items() if name.startswith("gradients ")],
+        "fixed_horizon": parts.get("fixed horizon", {}).get("rows", []),
+        "host_waits": parts.get("host waits", {}).get("waits"),
+    }
+    found["targets"] = targets(found, headline)
+    return found
+
+
+def targets(found: Row, headline: Place) -> list[Row]:
+    """What was to be reached, what was, and whether that meets it; without rows for what was not measured."""
+    rows: list[Row] = []
+
+    def add(what: str, value: float, limit: float, note: str = "") -> None:
+        rows.append({"what": what, "value": value, "limit": limit, "met": value <= limit, "note": note})
+
+    at = f"{headline.length} positions"
+    here = {(c["peer"], c["direction"]): c for c in found["cells"] if Place(*(c[k] for k in Place._fields)) == headline}
+    for direction, limit in zip(DIRECTIONS, (1 / 20, 1 / 5)):
+        others = [here[peer, direction] for peer in A_LAYER if "seconds" in here.get((peer, direction), {})]
+        for mine in (here.get((SAME, direction), {}), here.get((OURS, direction), {})):
+            if "seconds" in mine and others:
+                best = min(others, key=lambda cell: cell["seconds"]["median"])
+                error = "to its error" if mine["peer"] == SAME else "at the default tolerance"
+                if mine["peer"] == SAME:
+                    ours, theirs = (here[peer, DIRECTIONS[0]].get("error", 0.0) for peer in (SAME, PUBLISHED))
+                    error = error if ours <= theirs else f"to {ours / theirs:.2g} times its error"
+                name = f"{at}, {SHORT[direction]} {error}: part of the time of {best['peer']}"
+                add(name, mine["seconds"]["median"] / best["seconds"]["median"], limit, mark(best, headline.layers))
+    if found["cache"]:
+        seconds = {name: value["median"] for name, value in found["cache"]["seconds"].items()}
+        more = found["cache"]["more"]
+        add(f"{at}, kept: milliseconds a call", seconds["kept"] * 1e3, 1.0)
+        name = f"{more} positions more: times what the first {more} cost"
+        add(name, seconds["extended"] / seconds["first alone"], 1.5)
+    for step in found["steps"]:
+        add(f"solve, percent of a training step, batch {step['batch']}", step["solve_percent"], 5.0)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------- printing
+
+
+def seconds_text(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def bytes_text(size: float) -> str:
+    return f"{size / 2**20:.3g} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+
+
+def mark(cell: Row, layers: int) -> str:
+    if cell["longer_than"]:
+        return "**"
+    return "*" if cell["layers_measured"] < layers else ""
+
+
+def cell_text(cell: Row | None) -> str:
+    """Time and peak memory."""
+    if cell is None or "seconds" not in cell:
+        return (cell or {}).get("note", "") or "-"
+    one = " (1)" if cell["seconds"]["runs"] == 1 else ""
+    text = ("> " if cell["longer_than"] else "") + seconds_text(cell["seconds"]["median"])
+    text += mark(cell, cell["layers"]) + one
+    return f"{text}, {bytes_text(cell['peak_bytes'])}" if "peak_bytes" in cell else text
+
+
+def accuracy_text(cell: Row | None) -> str:
+    """Evaluations and error."""
+    if cell is None or "evaluations" not in cell:
+        return "-"
+    text = f"{cell['evaluations']}" + (f", {cell['error']:.1e}" if "error" in cell else "")
+    if cell["peer"] == SAME:
+        text += " (rtol {:g}, atol {:g})".format(*cell["tolerance"])
+    return text
+
+
+def line(name: str, part: Row, seconds: float) -> str:
+    """One part, as it is printed while the job runs."""
+    if "cells" in part:
+        shown = [f"{SHORT[c['direction']]} {c['peer']} {cell_text(c)}" for c in part["cells"]]
+        return f"  {name} ({seconds:.0f} s): " + "; ".join(shown)
+    return f"  {name} ({seconds:.0f} s)"
+
+
+def solves_text(cells: list[Row]) -> str:
+    parts = []
+    for gain in dict.fromkeys(cell["gain"] for cell in cells):
+        lengths = sorted({cell["length"] for cell in cells if cell["gain"] == gain})
+        by_place = {(c["peer"], c["direction"], c["length"]): c for c in cells if c["gain"] == gain}
+        for direction, peers in OF_DIRECTION.items():
+            names = [peer for peer in PEERS if peer in peers]
+            rows = [[f"N = {n}", *(cell_text(by_place.get((p, direction, n))) for p in names)] for n in lengths]
+            parts.append(markdown([f"gain {gain:g}, {SHORT[direction]}", *names], rows))
+        names = [peer for peer in PEERS if peer in OF_DIRECTION[DIRECTIONS[0]]]
+        rows = [[f"N = {n}", *(accuracy_text(by_place.get((p, DIRECTIONS[0], n))) for p in names)] for n in lengths]
+        parts.append(markdown([f"gain {gain:g}: evaluations, error", *names], rows))
+    return "\n\n".join([*parts, FOOTNOTES])
+
+
+def cache_text(cache: Row) -> str:
+    seconds = {name: seconds_text(value["median"]) for name, value in cache["seconds"].items()}
+    total, slowest = cache["length"] + cache["more"], seconds_text(cache["seconds"]["extended"]["slowest"])
+    return (
+        f"Evaluation, {cache['length']} positions kept: {seconds['kept']} a call; {cache['more']} more on top of them:"
+        f" {seconds['extended']} (median of {cache['extensions']} in a row, which made"
+        f" {cache['evaluations_of_extensions']} evaluations; slowest {slowest}); the first {cache['more']} alone:"
+        f" {seconds['first alone']}; {total} from scratch: {seconds['from scratch']}"
+    )
+
+
+def gradients_text(found: list[Row]) -> str:
+    rows = []
+    for part in found:
+        cells = []
+        for name in GRADIENTS:
+            way = part["ways"][name]
+            if "note" in way:
+                cells.append(way["note"])
+                continue
+            cells.append(f"{seconds_text(way['seconds']['median'])}, {bytes_text(way['peak_bytes'])}, {errors(way)}")
+        rows.append([f"N = {part['length']}", bytes_text(part["output_bytes"]), *cells])
+    longest = {name: way for name, way in found[-1]["ways"].items() if "seconds" in way}
+    fastest = min(longest, key=lambda name: longest[name]["seconds"]["median"])
+    smallest = min(longest, key=lambda name: longest[name]["peak_bytes"])
+    head = ["forward + backward: time, peak, gradient errors", "vectors alone", *GRADIENTS]
+    compared = [f"{errors(part['rk4'])} at {part['length']}" for part in found if "rk4" in part]
+    text = markdown(head, rows) + "\n\nErrors: of the largest entry, of the norm, of the worst parameter's gradient"
+    text += f"; rk4 with a step a position: {'; '.join(compared)}" if compared else ""
+    text += f".\nAt {found[-1]['length']} positions the fastest is {fastest}, the smallest {smallest}."
+    return text
+
+
+def errors(row: Row) -> str:
+    return f"{row['error']:.1e} / {row['norm_error']:.1e}"
+
+
+def steps_text(found: list[Row]) -> str:
+    rows = []
+    for step in found:
+        times = [seconds_text(value["median"]) for value in step["seconds"].values()]
+        percent = [f"{step['solve_percent']:.2f} %", f"{step['difference_percent']:+.2f} %"]
+        rows.append([f"batch {step['batch']}, length {step['length']}, {step['layers']} layers", *times, *percent])
+    return markdown(["training step", *found[0]["seconds"], "solve alone / step", "step with - without"], rows)
+
+
+def text(found: Row) -> str:
+    parts = []
+    if found["cells"]:
+        parts.append(solves_text(found["cells"]))
+    if found["fixed_horizon"]:
+        head = ["a smooth field, one stretch of time", "posattn, evaluations", "a step a position"]
+        rows = [[f"N = {r['length']}", f"{r['evaluations']}", f"{r['a_step_each']}"] for r in found["fixed_horizon"]]
+        parts.append(markdown(head, rows))
+    if found["cache"]:
+        parts.append(cache_text(found["cache"]))
+    if found["gradients"]:
+        parts.append(gradients_text(found["gradients"]))
+    if found["steps"]:
+        parts.append(steps_text(found["steps"]))
+    if found["host_waits"]:
+        waits = ", ".join(f"{SHORT[d]} {n}" for d, n in found["host_waits"].items())
+        parts.append(f"One solve waits for the GPU: {waits} times")
+    rows = []
+    for row in found["targets"]:
+        measured, limit = f"{row['value']:.3g}{row['note']}", f"{row['limit']:.3g}"
+        rows.append([row["what"], measured, limit, "met" if row["met"] else "MISSED"])
+    if rows:
+        parts.append(markdown(["target", "measured", "at most", ""], rows))
+    return "\n\n".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------------- plotting
+
+
+def plot_speed(cells: list[Row], machine: Row, path: Path) -> None:
+    """Time of forward, of forward and backward, and evaluations with errors, against the length."""
+    pyplot = drawing()
+    gain = cells[0]["gain"]
+    cells = [cell for cell in cells if cell["gain"] == gain]
+    lengths = sorted({cell["length"] for cell in cells})
+    figure, axes = pyplot.subplots(1, 4, figsize=(19, 4.9), layout="constrained")
+    forward, backward = DIRECTIONS
+    panels = [(forward, "time"), (backward, "time"), (forward, "evaluations"), (forward, "error")]
+    labels: dict[str, Any] = {}
+    for ax, (direction, what) in zip(axes, panels):
+        for peer in PEERS:
+            here = [c for c in cells if (c["peer"], c["direction"], c["longer_than"]) == (peer, direction, 0)]
+            if what == "time":
+                points = [(c["length"], c["seconds"]["median"]) for c in here if "seconds" in c]
+            else:
+                points = [(c["length"], c[what]) for c in here if what in c]
+            if points:
+                (labels[peer],) = ax.plot(*zip(*sorted(points)), "o-", color=COLOUR_OF[peer], markersize=4)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(lengths, [str(n) if n < 1024 else f"{n // 1024}k" for n in lengths])
+        ax.set(xlabel="positions", ylabel="seconds" if what == "time" else what)
+        ax.set_title(f"{direction}: {what}", fontsize="medium")
+        ax.grid(alpha=0.3)
+    figure.legend(labels.values(), labels, fontsize="small", loc="outside lower center", ncols=7)
+    shape = "3 streams, {layers} layers, dim {dim}, delta_t {delta_t:g}, gain {gain:g}".format(**cells[0])
+    note = "published: one layer times the layers where it is slow"
+    figure.suptitle(f"{machine['device_name']}, torch {machine['torch']}; {shape}; {note}", fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """Principal components: (layers, length, dim) to (layers, length, 2) in the plane in which these differ most, all
+    layers' the same, and the parts of the variance along its axes."""
+    flat = vectors.detach().double().cpu().flatten(0, 1)
+    flat = flat - flat.mean(0)
+    values, axes = torch.linalg.eigh(flat.mT @ flat)
+    share = (values.flip(0)[:2] / values.sum().clamp_min(1e-300)).tolist()
+    return (flat @ axes.flip(1)[:, :2]).unflatten(0, vectors.shape[:2]), (share[0], share[1])
+
+
+def plot_trajectories(
+    vectors: Tensor, path: Path, streams: tuple[str, ...] = ("query", "key", "value"), title: str = "",
+    trained: int | None = None,
+) -> None:  # fmt: skip
+    """Where positions lie: `vectors` (streams, layers, length, dim), the part of each that its place adds,
+    p(t) - p(0), projected on the two directions in which a stream differs most.
+
+    A panel a stream, a line a layer with its number at the end, colour by position; a cross at position `trained`.
+    """
+    pyplot = drawing()
+    added = (vectors - vectors[:, :, :1]).detach()
+    count, layers, length = added.shape[:3]
+    figure, axes = pyplot.subplots(1, count, figsize=(4.8 * count, 4.6), layout="constrained", squeeze=False)
+    for ax, stream, of_stream in zip(axes[0], streams, added):
+        points, share = plane(of_stream)
+        for layer, line_of in enumerate(points.tolist()):
+            x, y = zip(*line_of)
+            ax.plot(x, y, color="grey", linewidth=0.6, zorder=1)
+            shown = ax.scatter(x, y, c=range(length), cmap="viridis", s=6, zorder=2)
+            ax.annotate(str(layer), (x[-1], y[-1]), fontsize="small", zorder=3)
+            if trained is not None and trained < length:
+                ax.plot(x[trained], y[trained], "x", color=COLOURS[3], markersize=7, zorder=4)
+        ax.set(xlabel=f"{100 * share[0]:.3g} % of the variance", ylabel=f"{100 * share[1]:.2g} %")
+        ax.set_title(stream, fontsize="medium")
+        ax.grid(alpha=0.3)
+    figure.colorbar(shown, ax=list(axes[0]), label="position", shrink=0.8)
+    figure.suptitle(title or f"p(t) - p(0), {layers} layers, numbered where they end", fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -140,3 +140,11 @@ def test_editable(checkout, fresh_python, tmp_path, mode):
 
 def test_uninstalled_from_the_root(fresh_python):
     assert_imports_from(ROOT, fresh_python, ROOT)
+
+
+def test_importing_is_light():
+    """The compiler and scipy (by way of torchdiffeq) are imported when they are needed."""
+    heavy = "torch._dynamo", "torchdiffeq", "scipy", "transformers", "matplotlib"
+    code = f"import posattn, sys; print([name for name in {heavy} if name in sys.modules])"
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]", made.stdout

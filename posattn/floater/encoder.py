@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ..biases.bias import check_integer, no_autocast
 from .dynamics import MLPDynamics, check_number
@@ -112,8 +113,7 @@ class FLOATER(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The vectors of positions 0 to length - 1: (streams, layers, length, dim)."""
-        made: Tensor = self._along(check_integer("length", length, minimum=0))
-        return made
+        return self._made(FLOATER._along, check_integer("length", length, minimum=0))
 
     def at(self, positions: Tensor) -> Tensor:
         """The vectors at any positions, whole or not, in any order: (streams, layers, *positions.shape, dim).
@@ -121,8 +121,7 @@ class FLOATER(nn.Module):
         positions: integers or floating-point numbers, finite, at least 0; no gradient goes to them. TypeError or
         ValueError otherwise.
         """
-        made: Tensor = self._anywhere(_check_positions(positions))
-        return made
+        return self._made(FLOATER._anywhere, positions)
 
     @property
     def last_solve(self) -> Solve | None:
@@ -208,7 +207,14 @@ class FLOATER(nn.Module):
         settings = (self.method, self.rtol, self.atol, self.step_size, self.max_steps, self.delta_t, self.streams)
         return key_of(self._tensors(), self.dynamics, *settings)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of steps depends on the numbers
+    def _made(self, how: Callable[[FLOATER, Any], Tensor], what: Any) -> Tensor:
+        """how(self, what), outside of graphs that are being compiled: the number of steps depends on the numbers."""
+        if torch.compiler.is_compiling():
+            # what torch.compiler.disable does, without importing the compiler when posattn is imported
+            made: Tensor = _disable_dynamo(how)(self, what)
+            return made
+        return how(self, what)
+
     def _along(self, length: int) -> Tensor:
         if length == 0:
             return self.initial[:, :, None, :].expand(-1, -1, 0, -1)
@@ -218,8 +224,8 @@ class FLOATER(nn.Module):
             return solve() if self._held is None else self._held.vectors(length, solve)
         return self._table.vectors(length, self._key(), self._path, self._reach, self.initial.dtype)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _anywhere(self, positions: Tensor) -> Tensor:
+        _check_positions(positions)
         if not positions.numel():
             return self.initial[:, :, None, :].expand(-1, -1, 0, -1).reshape(
                 *self.initial.shape[:2], *positions.shape, self.dim
@@ -286,7 +292,7 @@ def _check_one_of(name: str, value: Any, accepted: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _check_positions(positions: Any) -> Tensor:
+def _check_positions(positions: Any) -> None:
     if not isinstance(positions, Tensor):
         raise TypeError(f"positions must be a Tensor, got {type(positions).__name__}")
     if positions.dtype == torch.bool or positions.is_complex():
@@ -295,4 +301,3 @@ def _check_positions(positions: Any) -> Tensor:
         raise ValueError("positions must not require a gradient: FLOATER gives none to them; pass positions.detach()")
     if positions.numel() and not bool((torch.isfinite(positions) & (positions >= 0)).all()):
         raise ValueError(f"positions must be finite and at least 0, got {positions.min()} to {positions.max()}")
-    return positions

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchdiffeq import odeint_adjoint
 
 from ..biases.bias import no_autocast
 from ..ops import _RefuseSecond
@@ -201,6 +200,8 @@ def _direct(taken: Taken, state: Tensor, field: Field) -> Tensor:
 
 
 def _adjoint(taken: Taken, initial: Tensor, dynamics: Dynamics) -> Tensor:
+    from torchdiffeq import odeint_adjoint
+
     plan, starts, sizes = taken.plan, taken.starts, taken.sizes
     field = lambda time, state: dynamics.use(lambda module: module(time, state))
     part = lambda k, state: taken.coefficients(k, taken.again(k, field, state))

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from .runge_kutta import METHODS, Field, coefficients, dense_of, step, times_of
 
@@ -94,6 +93,8 @@ class Path:
 
     def _adapt(self, end: float, watch: _Watch) -> None:
         """torchdiffeq decides on the steps; `watch` keeps them."""
+        from torchdiffeq import odeint  # here: it imports scipy, which takes a while
+
         plan = self.plan
         for _ in range(SHRINKS + 1):
             watch.fresh = True

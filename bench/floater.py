@@ -21,6 +21,16 @@ from .machine import describe, installed_version, slug
 PARTS = ("speed", "language")
 
 
+def without_output(argv: list[str]) -> list[str]:
+    """The arguments but for the folder of the results, which is a place on one machine."""
+    kept: list[str] = []
+    name = "--o"  # argparse takes the beginning of a name for it
+    for before, argument in zip(["", *argv], argv):
+        if not argument.startswith(name) and not (before.startswith(name) and "=" not in before):
+            kept.append(argument)
+    return kept
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench floater", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -28,7 +38,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given twice")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--seeds", type=int, help="of the language models, from 0 (default: 2; quick: 1)")
-    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS", help="of speed: when to stop (900)")
+    told = "of speed: no part begins after it (900)"
+    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS", help=told)
     parser.add_argument("--fresh", action="store_true", help="start over: nothing finished is reused")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU when there is one")
     default = Path(__file__).parent / "results"
@@ -37,6 +48,7 @@ def main(argv: list[str]) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     machine = {**describe(device), "torchdiffeq": installed_version("torchdiffeq")}
+    machine["command"] = " ".join(["python", "-m", "bench", "floater", *without_output(argv)])
     options.output.mkdir(parents=True, exist_ok=True)
     for part in options.part or PARTS:
         print(f"== {part}", flush=True)

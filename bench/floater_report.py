@@ -9,82 +9,25 @@ import torch
 from torch import Tensor
 
 from .contest import DIRECTIONS
-from .floater_peers import A_LAYER, DENSE, FIVE, OF_DIRECTION, OURS, PUBLISHED, SAME, TOGETHER, Place
+from .floater_peers import A_LAYER, DENSE, FIVE, OF_DIRECTION, OURS, PUBLISHED, SAME, TOGETHER
+from .floater_targets import SHORT, mark, seconds_text, verdict
 from .floater_training import GRADIENTS
 from .report import COLOURS, Row, drawing, markdown
 
 PEERS = list(dict.fromkeys(peer for peers in OF_DIRECTION.values() for peer in (OURS, SAME, *peers)))
 COLOUR_OF = dict(zip((OURS, SAME, TOGETHER, PUBLISHED, FIVE, DENSE, A_LAYER[1]), (*COLOURS, "#D55E00")))
-SHORT = dict(zip(DIRECTIONS, ("fwd", "fwd+bwd")))
 FOOTNOTES = (
-    "* one layer solved, its figures times the number of layers; ** a shorter length's figures times the ratio of\n"
-    "lengths, so at least that; 1 a single run, the others are medians. MiB beyond parameters and cotangent; vectors\n"
-    "themselves are part of it."
+    "* extrapolated from one layer: its time and evaluations times the number of layers, its error as it is, no\n"
+    "memory given; ** extrapolated from a shorter length, times the ratio of lengths, so at least that; (1) a single\n"
+    "run, the others are medians. MiB beyond parameters and cotangent; vectors themselves are part of it."
 )
-
-
-def gather(parts: dict[str, Row], headline: Place) -> Row:
-    """Results by kind, and the targets."""
-    found: Row = {
-        "cells": [cell for part in parts.values() for cell in part.get("cells", [])],
-        "cache": parts.get("cache"),
-        "steps": [part for name, part in parts.items() if name.startswith("step ")],
-        "gradients": [part for name, part in parts.items() if name.startswith("gradients ")],
-        "fixed_horizon": parts.get("fixed horizon", {}).get("rows", []),
-        "host_waits": parts.get("host waits", {}).get("waits"),
-    }
-    found["targets"] = targets(found, headline)
-    return found
-
-
-def targets(found: Row, headline: Place) -> list[Row]:
-    """What was to be reached, what was, and whether that meets it; without rows for what was not measured."""
-    rows: list[Row] = []
-
-    def add(what: str, value: float, limit: float, note: str = "") -> None:
-        rows.append({"what": what, "value": value, "limit": limit, "met": value <= limit, "note": note})
-
-    at = f"{headline.length} positions"
-    here = {(c["peer"], c["direction"]): c for c in found["cells"] if Place(*(c[k] for k in Place._fields)) == headline}
-    for direction, limit in zip(DIRECTIONS, (1 / 20, 1 / 5)):
-        others = [here[peer, direction] for peer in A_LAYER if "seconds" in here.get((peer, direction), {})]
-        for mine in (here.get((SAME, direction), {}), here.get((OURS, direction), {})):
-            if "seconds" in mine and others:
-                best = min(others, key=lambda cell: cell["seconds"]["median"])
-                error = "to its error" if mine["peer"] == SAME else "at the default tolerance"
-                if mine["peer"] == SAME:
-                    ours, theirs = (here[peer, DIRECTIONS[0]].get("error", 0.0) for peer in (SAME, PUBLISHED))
-                    error = error if ours <= theirs else f"to {ours / theirs:.2g} times its error"
-                name = f"{at}, {SHORT[direction]} {error}: part of the time of {best['peer']}"
-                add(name, mine["seconds"]["median"] / best["seconds"]["median"], limit, mark(best, headline.layers))
-    if found["cache"]:
-        seconds = {name: value["median"] for name, value in found["cache"]["seconds"].items()}
-        more = found["cache"]["more"]
-        add(f"{at}, kept: milliseconds a call", seconds["kept"] * 1e3, 1.0)
-        name = f"{more} positions more: times what the first {more} cost"
-        add(name, seconds["extended"] / seconds["first alone"], 1.5)
-    for step in found["steps"]:
-        add(f"solve, percent of a training step, batch {step['batch']}", step["solve_percent"], 5.0)
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------------- printing
 
 
-def seconds_text(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} us"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
 def bytes_text(size: float) -> str:
     return f"{size / 2**20:.3g} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
-
-
-def mark(cell: Row, layers: int) -> str:
-    if cell["longer_than"]:
-        return "**"
-    return "*" if cell["layers_measured"] < layers else ""
 
 
 def cell_text(cell: Row | None) -> str:
@@ -93,7 +36,7 @@ def cell_text(cell: Row | None) -> str:
         return (cell or {}).get("note", "") or "-"
     one = " (1)" if cell["seconds"]["runs"] == 1 else ""
     text = ("> " if cell["longer_than"] else "") + seconds_text(cell["seconds"]["median"])
-    text += mark(cell, cell["layers"]) + one
+    text += mark(cell) + one
     return f"{text}, {bytes_text(cell['peak_bytes'])}" if "peak_bytes" in cell else text
 
 
@@ -101,7 +44,7 @@ def accuracy_text(cell: Row | None) -> str:
     """Evaluations and error."""
     if cell is None or "evaluations" not in cell:
         return "-"
-    text = f"{cell['evaluations']}" + (f", {cell['error']:.1e}" if "error" in cell else "")
+    text = f"{cell['evaluations']}{mark(cell)}" + (f", {cell['error']:.1e}" if "error" in cell else "")
     if cell["peer"] == SAME:
         text += " (rtol {:g}, atol {:g})".format(*cell["tolerance"])
     return text
@@ -132,12 +75,14 @@ def solves_text(cells: list[Row]) -> str:
 
 def cache_text(cache: Row) -> str:
     seconds = {name: seconds_text(value["median"]) for name, value in cache["seconds"].items()}
-    total, slowest = cache["length"] + cache["more"], seconds_text(cache["seconds"]["extended"]["slowest"])
+    total = cache["length"] + cache["more"]
+    share = seconds_text(cache["seconds"]["from scratch"]["median"] * cache["more"] / total)
     return (
         f"Evaluation, {cache['length']} positions kept: {seconds['kept']} a call; {cache['more']} more on top of them:"
         f" {seconds['extended']} (median of {cache['extensions']} in a row, which made"
-        f" {cache['evaluations_of_extensions']} evaluations; slowest {slowest}); the first {cache['more']} alone:"
-        f" {seconds['first alone']}; {total} from scratch: {seconds['from scratch']}"
+        f" {cache['evaluations_of_extensions']} evaluations; the slowest of a row {seconds['slowest of a row']}); what"
+        f" that is compared with, the first {cache['more']} from an empty table: {seconds['first alone']}; {total} from"
+        f" scratch: {seconds['from scratch']}, of which {cache['more']} positions' share is {share}"
     )
 
 
@@ -170,10 +115,14 @@ def errors(row: Row) -> str:
 def steps_text(found: list[Row]) -> str:
     rows = []
     for step in found:
-        times = [seconds_text(value["median"]) for value in step["seconds"].values()]
+        times = [f"{seconds_text(value['median'])} ({value['runs']})" for value in step["seconds"].values()]
         percent = [f"{step['solve_percent']:.2f} %", f"{step['difference_percent']:+.2f} %"]
-        rows.append([f"batch {step['batch']}, length {step['length']}, {step['layers']} layers", *times, *percent])
-    return markdown(["training step", *found[0]["seconds"], "solve alone / step", "step with - without"], rows)
+        name = "gain {gain:g}, batch {batch}, length {length}, {layers} layers".format(**step)
+        rows.append([name, f"{step['evaluations']}", *times, *percent])
+    names = [f"{name} (runs)" for name in found[0]["seconds"]]
+    passes = found[0]["passes"]
+    head = "training step" if passes == 1 else f"{passes} training steps"
+    return markdown([head, "evaluations", *names, "solve alone / step", "step with - without"], rows)
 
 
 def text(found: Row) -> str:
@@ -190,15 +139,18 @@ def text(found: Row) -> str:
         parts.append(gradients_text(found["gradients"]))
     if found["steps"]:
         parts.append(steps_text(found["steps"]))
+    if found["held"]:
+        parts.append(steps_text(found["held"]))
     if found["host_waits"]:
         waits = ", ".join(f"{SHORT[d]} {n}" for d, n in found["host_waits"].items())
         parts.append(f"One solve waits for the GPU: {waits} times")
     rows = []
     for row in found["targets"]:
-        measured, limit = f"{row['value']:.3g}{row['note']}", f"{row['limit']:.3g}"
-        rows.append([row["what"], measured, limit, "met" if row["met"] else "MISSED"])
+        most = "<= " if row["note"] == "**" else ""  # the other's time is at least that
+        measured, limit = f"{most}{row['value']:.3g}{row['note']}", f"{row['limit']:.3g}"
+        rows.append([row["what"], measured, limit, verdict(row), row["detail"]])
     if rows:
-        parts.append(markdown(["target", "measured", "at most", ""], rows))
+        parts.append(markdown(["target", "measured", "at most", "", "of which"], rows))
     return "\n\n".join(parts)
 
 

@@ -1,7 +1,8 @@
-"""What FLOATER's solve costs a model: the three ways to its gradients, and a training step with and without it."""
+"""What FLOATER's solve costs a model: the three ways to gradients, training steps with and without it, the cache."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from .measure import Patience, in_fresh_process, interleaved, peak_memory, secon
 
 GRADIENTS = ("checkpoint", "direct", "adjoint")
 EXACT = {"rtol": 1e-9, "atol": 1e-10, "gradient": "direct", "max_steps": 1_000_000}
-PATIENCE = 60.0  # seconds for one way to gradients, its process's start included
+PATIENCE = 30.0  # seconds for one way to gradients, its process's start included
 
 
 # -------------------------------------------------------------------------------------------------------- gradients
@@ -113,9 +114,16 @@ def layer_forward(layer: Any, x: Tensor, positions: Tensor) -> Tensor:
     return layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
 
 
-def make_step(place: Place, batch: int, heads: int, device: str) -> tuple[dict[str, Callable[[], Any]], int]:
+CONSTANT, LIVE, ALONE = "step, constant positions", "step, solve included", "solve alone"
+HELD, HELD_ALONE = "one solve held", "held solve alone"
+
+
+def make_step(
+    place: Place, batch: int, heads: int, device: str, passes: int = 1
+) -> tuple[dict[str, Callable[[], Any]], Any]:
     """Training steps (forward, backward, AdamW) of a transformer whose position vectors are solved in the step, or
-    constant; and the solve's forward and backward alone. Then the number of the transformer's parameters."""
+    constant; and the solve's forward and backward alone. With `passes`: so many steps that share one solve (`hold`),
+    as many with constant vectors, and the held solve alone with so many backward passes. Then the encoder."""
     encoder = make_encoder(place, device)
     torch.manual_seed(3)
     layers = nn.ModuleList(
@@ -129,7 +137,7 @@ def make_step(place: Place, batch: int, heads: int, device: str) -> tuple[dict[s
     tiny = {"lr": 1e-9}  # so that every step costs the same
 
     def step(solved: bool, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # of what it steps
         positions = encoder(place.length) if solved else constant
         y = x
         for index, layer in enumerate(layers):
@@ -140,29 +148,75 @@ def make_step(place: Place, batch: int, heads: int, device: str) -> tuple[dict[s
     def alone() -> None:
         torch.autograd.grad(encoder(place.length), list(encoder.parameters()), cotangent)
 
+    def held(optimizer: torch.optim.Optimizer, of_encoder: torch.optim.Optimizer) -> None:
+        of_encoder.zero_grad()
+        with encoder.hold():
+            for _ in range(passes):
+                step(True, optimizer)
+        of_encoder.step()
+
+    def several(call: Callable[[], Any]) -> None:
+        for _ in range(passes):
+            call()
+
+    def held_alone() -> None:
+        encoder.zero_grad()
+        with encoder.hold():
+            for _ in range(passes):
+                encoder(place.length).backward(cotangent)
+
+    of_weights = torch.optim.AdamW(weights, **tiny)
+    constant_step = partial(step, False, of_weights)
+    if passes > 1:
+        of_encoder = torch.optim.AdamW(encoder.parameters(), **tiny)
+        return {
+            CONSTANT: partial(several, constant_step),
+            HELD: partial(held, of_weights, of_encoder),
+            HELD_ALONE: held_alone,
+        }, encoder
     with_solve = torch.optim.AdamW([*weights, *encoder.parameters()], **tiny)
-    calls: dict[str, Callable[[], Any]] = {
-        "step, constant positions": partial(step, False, torch.optim.AdamW(weights, **tiny)),
-        "step, solve included": partial(step, True, with_solve),
-        "solve alone": alone,
-    }
-    return calls, sum(w.numel() for w in weights)
+    return {CONSTANT: constant_step, LIVE: partial(step, True, with_solve), ALONE: alone}, encoder
 
 
-def training_step(place: Place, batch: int, heads: int, device: str, patience: Patience) -> dict[str, Any]:
-    calls, parameters = make_step(place, batch, heads, device)
-    first = {name: seconds_of(call, device) for name, call in calls.items()}
-    times = interleaved(calls, first, device, patience)
-    seconds = {name: summary(found) for name, found in times.items()}
-    constant, solved, alone = (seconds[name]["median"] for name in calls)
+def taking_turns(
+    calls: dict[str, Callable[[], Any]], device: str, seconds: float, fewest: int = 5, most: int = 11
+) -> dict[str, list[float]]:
+    """Seconds of each call, round after round: `fewest` rounds if they fit into `seconds`, `most` if they do into a
+    quarter of it; at least one."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for count in range(1, most + 1):
+        for name, call in calls.items():
+            times[name].append(seconds_of(call, device))
+        used = time.perf_counter() - start
+        if used * (count + 1) / count > (seconds if count < fewest else seconds / 4):
+            break
+    return times
+
+
+def training_step(
+    place: Place, batch: int, heads: int, device: str, seconds: float, passes: int = 1
+) -> dict[str, Any]:
+    """Shares of a step with constant vectors, in percent: of the solve alone, and of what a step with the solve in it
+    takes more. With `passes`: of so many steps that share one solve."""
+    calls, encoder = make_step(place, batch, heads, device, passes)
+    constant, solved, alone = calls
+    if passes == 1:
+        calls[constant]()
+    calls[alone]()  # the first calls bring memory and code
+    times = taking_turns({name: calls[name] for name in (constant, solved)}, device, seconds)
+    times.update(taking_turns({alone: calls[alone]}, device, seconds / 8))
+    found = {name: summary(values) for name, values in times.items()}
+    medians = {name: found[name]["median"] for name in calls}
     return {
         **place._asdict(),
         "batch": batch,
         "heads": heads,
-        "parameters": parameters,
-        "seconds": seconds,
-        "solve_percent": 100 * alone / constant,
-        "difference_percent": 100 * (solved / constant - 1),
+        "passes": passes,
+        "evaluations": encoder.last_solve.evaluations,
+        "seconds": found,
+        "solve_percent": 100 * medians[alone] / medians[constant],
+        "difference_percent": 100 * (medians[solved] / medians[constant] - 1),
     }
 
 
@@ -170,11 +224,12 @@ def training_step(place: Place, batch: int, heads: int, device: str, patience: P
 
 
 def cached(place: Place, more: int, device: str, patience: Patience) -> dict[str, Any]:
-    """Evaluation: a call whose vectors are kept, `more` positions on top of them, 16 times in a row, `more` alone,
-    all from scratch."""
+    """Evaluation: a call whose vectors are kept; `more` positions on top of them, 16 times in a row, and the slowest
+    of each 16; the first `more`, from an empty table; all from scratch."""
     encoder = make_encoder(place, device).eval()
     longer, calls, times_more = place.length + more, 100, 16
-    seconds: dict[str, list[float]] = {name: [] for name in ("kept", "extended", "first alone", "from scratch")}
+    names = ("kept", "extended", "slowest of a row", "first alone", "from scratch")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     evaluations = 0
     with torch.no_grad():
         for turn in range(max(patience.fewest, patience.most) + 1):
@@ -195,54 +250,7 @@ def cached(place: Place, more: int, device: str, patience: Patience) -> dict[str
                 length = place.length + count * more
                 seconds["extended"].append(seconds_of(lambda length=length: encoder(length), device))
                 evaluations += 0 if encoder.last_solve is before else encoder.last_solve.evaluations
+            seconds["slowest of a row"].append(max(seconds["extended"][-times_more:]))
     found = {name: summary(values) for name, values in seconds.items()}
     made = {"more": more, "extensions": times_more, "evaluations_of_extensions": evaluations}
     return {**place._asdict(), **made, "seconds": found}
-
-
-# ------------------------------------------------------------------------------------- evaluations against positions
-
-
-class Swing(nn.Module):
-    """A smooth field that needs no parameters: every entry swings at a pace of its own and is drawn to zero."""
-
-    def forward(self, t: Tensor, p: Tensor) -> Tensor:
-        pace = torch.linspace(0.5, 2.0, p.shape[-1], dtype=p.dtype, device=p.device)
-        return torch.sin(pace * t) - 0.2 * p
-
-
-def fixed_horizon(lengths: tuple[int, ...], horizon: float, device: str) -> list[dict[str, Any]]:
-    """Evaluations for so many positions in one and the same stretch of time, and those of a step a position."""
-    from posattn.floater import FLOATER
-
-    rows = []
-    for length in lengths:
-        encoder = FLOATER(64, 1, dynamics=Swing(), delta_t=horizon / (length - 1)).to(device)
-        with torch.no_grad():
-            encoder(length)
-        rows.append({"length": length, "evaluations": encoder.last_solve.evaluations, "a_step_each": 4 * (length - 1)})
-    return rows
-
-
-def host_waits(place: Place, device: str) -> dict[str, int] | None:
-    """How often one solve waits for the GPU, forward and forward with backward; None without a GPU."""
-    if device != "cuda":
-        return None
-    import warnings
-
-    encoder = make_encoder(place, device)
-    cotangent = make_cotangent(place, device, place.layers)
-    counts = {}
-    for direction in DIRECTIONS:
-        made = Made(lambda: encoder(place.length), list(encoder.parameters()), encoder.clear, lambda: 0)
-        run(direction, made, cotangent)
-        torch.cuda.synchronize()
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                run(direction, made, cotangent)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        counts[direction] = sum("synchronizing" in str(w.message) for w in found)
-    return counts

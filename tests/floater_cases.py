@@ -55,14 +55,18 @@ class Wave(nn.Module):
 
 
 class Counted(nn.Module):
-    """Counts its calls."""
+    """Counts its calls, those of copies that stand for it in 16 bits included."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.calls = inner, 0
+        self.inner, self.tally = inner, [0]
+
+    @property
+    def calls(self) -> int:
+        return self.tally[0]
 
     def forward(self, t: Tensor, p: Tensor) -> Tensor:
-        self.calls += 1
+        self.tally[0] += 1
         return self.inner(t, p)
 
 

@@ -80,7 +80,7 @@ def test_arguments_of_the_dynamics(error, message, options):
         MLPDynamics(**(dict(dim=8) | options))
 
 
-@pytest.mark.parametrize("length", [2.0, "3", True, None, torch.zeros(3), -1])
+@pytest.mark.parametrize("length", [2.0, "3", True, None, -1])
 def test_lengths(length):
     encoder = FLOATER(8, 2)
     with pytest.raises(ValueError, match=r"length must be an integer"):

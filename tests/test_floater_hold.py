@@ -67,16 +67,36 @@ def test_optimizers_leave_the_parameters_alone(encoder):
         before = [parameter.detach().clone() for parameter in encoder.parameters()]
 
 
-def test_parameters_changed_within_are_an_error(encoder):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_changed_within_are_an_error(encoder, dtype):
+    encoder = encoder.to(dtype)
+
     def train():
         with encoder.hold():
             encoder(5).sum().backward()
             with torch.no_grad():
                 encoder.initial.add_(1)
 
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="have changed within a block of hold"):
         train()
     encoder(5).sum().backward()  # the block is over
+    assert encoder.initial.grad is not None
+
+
+def test_a_backward_pass_after_the_block_is_an_error(encoder):
+    with encoder.hold():
+        loss = encoder(5).sum()
+    with pytest.raises(RuntimeError, match="after the block of hold"):
+        loss.backward()
+
+
+def test_several_processes_have_to_say_so(encoder, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="local=True"), encoder.hold():
+        pass
+    with encoder.hold(local=True):
+        encoder(5).sum().backward()
     assert encoder.initial.grad is not None
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..biases.bias import check_integer
+from .checks import check_number
 
 
 class MLPDynamics(nn.Module):
@@ -52,12 +53,3 @@ class MLPDynamics(nn.Module):
 def _with_time(x: Tensor, t: Tensor | float) -> Tensor:
     """[x; t]. Copying x costs less than cutting the weights in two, which backward pays for at their size."""
     return torch.cat([x, torch.as_tensor(t).to(x).expand(*x.shape[:-1], 1)], dim=-1)
-
-
-def check_number(name: str, number: float, zero: bool = False) -> float:
-    """A finite float above 0, or 0 too. Raises TypeError and ValueError naming the argument."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if not (0 <= number < float("inf")) or (number == 0 and not zero):
-        raise ValueError(f"{name} must be finite and {'at least' if zero else 'above'} 0, got {number}")
-    return float(number)

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..biases.bias import check_integer, no_autocast
-from .dynamics import MLPDynamics, check_number
+from .checks import check_length, check_number, check_one_of, check_positions, check_streams
+from .dynamics import MLPDynamics
 from .gradient import GRADIENTS, Dynamics, solve, vectors
 from .held import Held
 from .official import official_parts
@@ -35,7 +37,8 @@ class FLOATER(nn.Module):
         num_layers: layers that each have a trajectory of their own.
         streams: names of what each layer adds vectors to.
         dynamics: h, any nn.Module called as ``h(t, p)`` with t a 0-dim tensor and p (streams, layers, dim), and giving
-            dp/dt of p's shape; what it learns must be parameters of its own. None: `MLPDynamics(dim, gain=gain)`.
+            dp/dt of p's shape: a function of these and of its own parameters and buffers alone. None:
+            `MLPDynamics(dim, gain=gain)`.
         delta_t: time from one position to the next; 0.1 in the paper (0.01 in the authors' code).
         method: an adaptive solver of torchdiffeq, "dopri5" or "bosh3", whose steps follow the trajectory whatever the
             number of positions; or a fixed step: "rk4" (torchdiffeq's, the 3/8 rule), "midpoint", "euler".
@@ -45,18 +48,18 @@ class FLOATER(nn.Module):
         gradient: how training differentiates. "checkpoint" keeps one state a step and makes steps again in backward,
             "direct" keeps everything and can be differentiated twice, "adjoint" solves backward in time
             (torchdiffeq.odeint_adjoint) and is right within the tolerance.
-        max_steps: of an adaptive method, in one call; more is an error.
+        max_steps: in one call; more is an error.
         gain: of MLPDynamics. 0: the flow starts at zero; 1: as published.
 
     Parameters: initial (streams, layers, dim), p(0), zeros at first; those of dynamics.
 
     While gradients are wanted (grad mode on, some parameter requires one) each call solves. Otherwise vectors are kept:
     solved once, extended when more are asked for, made again after any change of parameters, dtype or device, after
-    `load_state_dict`, a switch of `train` and `eval`, and `clear`. A change through ``parameter.data`` in place is the
-    one that cannot be seen: call `clear` then. What is returned is a view of what is kept; do not write into it. Solved
-    in fp32 at least, whatever the parameters' dtype, which is that of the result. Threads may share an encoder for
-    evaluation. Raises TypeError and ValueError for arguments out of these ranges, RuntimeError that names stream, layer
-    and position for a trajectory that diverges or cannot be followed in max_steps.
+    `load_state_dict`, a switch of `train` and `eval`, and `clear`. Changes in place through ``parameter.data``, and of
+    what dynamics keep outside of parameters and buffers, cannot be seen: call `clear` then. What is returned is a view
+    of what is kept; do not write into it. Solved in fp32 at least, whatever the parameters' dtype, which is that of the
+    result. Threads may share an encoder. Raises TypeError and ValueError for arguments out of these ranges, and
+    RuntimeError that names stream, layer and position for a trajectory that diverges or needs more than max_steps.
 
         >>> encoder = FLOATER(dim=8, num_layers=2)
         >>> encoder(length=5).shape  # streams, layers, length, dim
@@ -86,14 +89,14 @@ class FLOATER(nn.Module):
         super().__init__()
         self.dim = check_integer("dim", dim, minimum=1)
         self.num_layers = check_integer("num_layers", num_layers, minimum=1)
-        self.streams = _check_streams(streams)
+        self.streams = check_streams(streams)
         self.delta_t = check_number("delta_t", delta_t)
-        self.method = _check_one_of("method", method, tuple(METHODS))
+        self.method = check_one_of("method", method, tuple(METHODS))
         self.rtol, self.atol = check_number("rtol", rtol), check_number("atol", atol, zero=True)
         self.step_size = None if step_size is None else check_number("step_size", step_size)
         if step_size is not None and METHODS[method].adaptive:
             raise ValueError(f'step_size is for fixed-step methods; "{method}" chooses its steps by rtol and atol')
-        self.gradient = _check_one_of("gradient", gradient, GRADIENTS)
+        self.gradient = check_one_of("gradient", gradient, GRADIENTS)
         self.max_steps = check_integer("max_steps", max_steps, minimum=1)
         if dynamics is not None and not isinstance(dynamics, nn.Module):
             raise TypeError(f"dynamics must be an nn.Module or None, got {type(dynamics).__name__}")
@@ -111,9 +114,14 @@ class FLOATER(nn.Module):
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 
-    def forward(self, length: int) -> Tensor:
-        """The vectors of positions 0 to length - 1: (streams, layers, length, dim)."""
-        return self._made(FLOATER._along, check_integer("length", length, minimum=0))
+    def forward(self, length: int | Tensor) -> Tensor:
+        """The vectors of positions 0 to length - 1: (streams, layers, length, dim). Of a Tensor, what `at` gives.
+
+        TypeError or ValueError if length is no integer of at least 0.
+        """
+        if isinstance(length, Tensor):
+            return self._made(FLOATER._anywhere, length)
+        return self._made(FLOATER._along, check_length(length))
 
     def at(self, positions: Tensor) -> Tensor:
         """The vectors at any positions, whole or not, in any order: (streams, layers, *positions.shape, dim).
@@ -121,7 +129,10 @@ class FLOATER(nn.Module):
         positions: integers or floating-point numbers, finite, at least 0; no gradient goes to them. TypeError or
         ValueError otherwise.
         """
-        return self._made(FLOATER._anywhere, positions)
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions must be a Tensor, got {type(positions).__name__}")
+        made: Tensor = self(positions)  # not forward: hooks, as of FSDP, make parameters ready
+        return made
 
     @property
     def last_solve(self) -> Solve | None:
@@ -133,14 +144,19 @@ class FLOATER(nn.Module):
         self._table.clear()
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, local: bool = False) -> Iterator[None]:
         """Solve once for all calls of forward in this block, and differentiate the solve once, at the end of it.
 
         For the steps of gradient accumulation, or for several steps of the optimizer: parameters of this module get no
         gradient within the block, so that an optimizer leaves them alone, and at its end the sum of what all its
-        backward passes would have given, exactly; step the optimizer after it. Changing these parameters within the
-        block is an error at its end. Calls of `at` are not held, and the gradients come outside of what
-        DistributedDataParallel waits for. RuntimeError if a block is open already.
+        backward passes would have given, exactly; step the optimizer after it. Calls of `at` are not held. If an
+        exception ends the block, there are no gradients.
+
+        DistributedDataParallel averages what arrives in its own backward passes, and these gradients arrive later: with
+        more than one process say local=True, and average them yourself.
+
+        Raises RuntimeError if a block is open already, with several processes and not local, at the end if these
+        parameters have changed within the block, and in a backward pass that comes after it.
 
             >>> encoder = FLOATER(dim=8, num_layers=2)
             >>> with encoder.hold():
@@ -149,12 +165,14 @@ class FLOATER(nn.Module):
         """
         if self._held is not None:
             raise RuntimeError("hold is in use already: blocks of it cannot be nested")
-        self._held = held = Held()
+        if not local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError("hold in one of several processes needs local=True: its gradients are not averaged")
+        self._held = held = Held(self._key)
         try:
             yield
             held.settle()
         finally:
-            self._held = None
+            held.open, self._held = False, None
 
     @classmethod
     def from_official(
@@ -174,7 +192,7 @@ class FLOATER(nn.Module):
         Raises TypeError, and ValueError for missing keys, wrong shapes and convolutional flows. Vectors are those that
         the equation defines: the authors' solver returns some float32 states a fifth of a position late.
         """
-        found = official_parts(state_dict, prefix, _check_one_of("part", part, ("self", "cross")))
+        found = official_parts(state_dict, prefix, check_one_of("part", part, ("self", "cross")))
         options = {"delta_t": found.delta_t, **options}
         layers, dim = found.initial.shape[1:]
         encoder = cls(dim, layers, found.streams, **options)
@@ -205,10 +223,13 @@ class FLOATER(nn.Module):
 
     def _key(self) -> Key:
         settings = (self.method, self.rtol, self.atol, self.step_size, self.max_steps, self.delta_t, self.streams)
-        return key_of(self._tensors(), self.dynamics, *settings)
+        modes = tuple(module.training for module in self.dynamics.modules())
+        return key_of(self._tensors(), self.dynamics, modes, *settings)
 
     def _made(self, how: Callable[[FLOATER, Any], Tensor], what: Any) -> Tensor:
         """how(self, what), outside of graphs that are being compiled: the number of steps depends on the numbers."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(self.initial):
+            raise RuntimeError("FLOATER has no rules for torch.func's grad, vmap and the like: use torch.autograd")
         if torch.compiler.is_compiling():
             # what torch.compiler.disable does, without importing the compiler when posattn is imported
             made: Tensor = _disable_dynamo(how)(self, what)
@@ -216,8 +237,8 @@ class FLOATER(nn.Module):
         return how(self, what)
 
     def _along(self, length: int) -> Tensor:
-        if length == 0:
-            return self.initial[:, :, None, :].expand(-1, -1, 0, -1)
+        if length == 0 or self.initial.is_meta:
+            return self._blank(length)
         if self._differentiates():
             times = torch.arange(length, dtype=torch.float64) * self.delta_t
             solve: Callable[[], Tensor] = lambda: self._solved(times)
@@ -225,12 +246,9 @@ class FLOATER(nn.Module):
         return self._table.vectors(length, self._key(), self._path, self._reach, self.initial.dtype)
 
     def _anywhere(self, positions: Tensor) -> Tensor:
-        _check_positions(positions)
-        if not positions.numel():
-            return self.initial[:, :, None, :].expand(-1, -1, 0, -1).reshape(
-                *self.initial.shape[:2], *positions.shape, self.dim
-            )
-        times, place = torch.unique(positions.detach().cpu().double(), return_inverse=True)
+        if positions.is_meta or not positions.numel() or self.initial.is_meta:
+            return self._blank(*positions.shape)
+        times, place = torch.unique(check_positions(positions), return_inverse=True)
         times = times * self.delta_t
         if self._differentiates():
             found = self._solved(times)
@@ -238,6 +256,11 @@ class FLOATER(nn.Module):
             found = self._table.at(times, self._key(), self._path, self._reach, self.initial.dtype)
         rows = found.index_select(2, place.flatten().to(found.device))
         return rows.view(*found.shape[:2], *positions.shape, self.dim)
+
+    def _blank(self, *shape: int) -> Tensor:
+        """Where there is nothing to solve: no positions, or no numbers. Every parameter has a gradient, which is 0."""
+        made = self.initial.new_empty((len(self.streams), self.num_layers, *shape, self.dim))
+        return made + 0 * torch.stack([x.sum() for x in self.parameters()]).sum() if self._differentiates() else made
 
     def _differentiates(self) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.parameters())
@@ -276,28 +299,3 @@ class FLOATER(nn.Module):
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, num_layers={self.num_layers}, streams={self.streams}, delta_t={self.delta_t:g}"
         return f'{shown}, method="{self.method}", rtol={self.rtol:g}, atol={self.atol:g}'
-
-
-def _check_streams(streams: Any) -> tuple[str, ...]:
-    if isinstance(streams, str) or not isinstance(streams, Sequence):
-        raise TypeError(f'streams must be a sequence of names such as ("query", "key", "value"), got {streams!r}')
-    if not streams or not all(isinstance(name, str) for name in streams) or len(set(streams)) < len(streams):
-        raise ValueError(f"streams must be one or more different names, got {streams!r}")
-    return tuple(streams)
-
-
-def _check_one_of(name: str, value: Any, accepted: tuple[str, ...]) -> str:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-    return str(value)
-
-
-def _check_positions(positions: Any) -> None:
-    if not isinstance(positions, Tensor):
-        raise TypeError(f"positions must be a Tensor, got {type(positions).__name__}")
-    if positions.dtype == torch.bool or positions.is_complex():
-        raise ValueError(f"positions must be integers or floating-point numbers, got {positions.dtype}")
-    if positions.requires_grad and torch.is_grad_enabled():
-        raise ValueError("positions must not require a gradient: FLOATER gives none to them; pass positions.detach()")
-    if positions.numel() and not bool((torch.isfinite(positions) & (positions >= 0)).all()):
-        raise ValueError(f"positions must be finite and at least 0, got {positions.min()} to {positions.max()}")

@@ -11,19 +11,19 @@ The steps are chosen without autograd and then fixed: what is differentiated is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from ..biases.bias import no_autocast
 from ..ops import _RefuseSecond
-from .path import Path, Plan, Step, worst_vector
-from .reading import Times, gradients, locate, read, read_with_grad
-from .runge_kutta import METHODS, Field, Slopes, coefficients, dense_of, step, times_of
+from .path import Path, Plan, worst_vector
+from .reading import Reader, Times, gradients, locate, read_with_grad
+from .runge_kutta import METHODS, Field, Slopes, coefficients, step, times_of
 
 GRADIENTS = ("checkpoint", "direct", "adjoint")
 SECOND = (
@@ -35,8 +35,8 @@ SECOND = (
 class Dynamics:
     """A module with the tensors that it is to use: a field, and what its gradients belong to.
 
-    `tensors` take the place of the module's parameters and buffers while a field of it is in use: as they stood when
-    the forward pass ran, or cast to the dtype of the solve.
+    `tensors` stand for the module's parameters and buffers: as they were when the forward pass ran, or cast to the
+    dtype of the solve. The module itself is left alone, for other threads may be using it.
     """
 
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -45,53 +45,72 @@ class Dynamics:
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> Dynamics:
         """With its own parameters and buffers, in the dtype of the solve."""
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return cls(module, {name: x.to(dtype) if x.is_floating_point() else x for name, x in named.items()})
+        own = _tensors_of(module)
+        return cls(module, {name: x.to(dtype) if x.is_floating_point() else x for name, x in own.items()})
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Dynamics:
         return Dynamics(self.module, dict(zip(self.tensors, tensors)))
 
-    def use(self, run: Callable[[Field], Any]) -> Any:
-        """run(field), the module holding the tensors meanwhile."""
-        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+    def field(self) -> Field:
+        """The module, or one like it that has the tensors in the place of its own."""
+        own = _tensors_of(self.module)
         if all(own[name] is x for name, x in self.tensors.items()):
-            return run(self.module)
-        holder = _Holder(self.module)
-        return torch.func.functional_call(holder, {f"module.{name}": x for name, x in self.tensors.items()}, (run,))
+            return self.module
+        for name, module in self.module.named_modules():
+            if "forward" in vars(module):
+                raise RuntimeError(
+                    f"dynamics{'.' * bool(name)}{name} is a {type(module).__name__} whose forward is its own and no "
+                    "method (torch.compile, a wrapper's hook): it can be solved with the parameters that it has, in "
+                    "float32 or float64, and neither with 16-bit ones nor with others in their place"
+                )
+        return _like(self.module, {id(own[name]): x for name, x in self.tensors.items()}, {})
 
 
-class _Holder(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
-    def forward(self, run: Callable[[Field], Any]) -> Any:
-        return run(self.module)
+
+def _like(module: nn.Module, instead: dict[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
+    """The same module but for its tensors; what is shared by several places stays shared."""
+    if id(module) not in made:
+        made[id(module)] = copy = module.__new__(type(module))
+        vars(copy).update(vars(module))
+        for kind in ("_parameters", "_buffers"):
+            tensors = {name: None if x is None else instead.get(id(x), x) for name, x in vars(module)[kind].items()}
+            vars(copy)[kind] = tensors
+        children = {name: child and _like(child, instead, made) for name, child in module._modules.items()}
+        vars(copy)["_modules"] = children
+    return made[id(module)]
 
 
 def solve(path: Path, end: float, dynamics: Dynamics) -> None:
-    """Let `path` reach `end`."""
-    dynamics.use(lambda field: path.reach(end, field))
+    """Let `path` reach `end`. Raises ValueError for dynamics that draw random numbers."""
+    for name, module in dynamics.module.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"dynamics{'.' * bool(name)}{name} is {module} in training mode, but dynamics must be a function of t "
+                "and p: a trajectory cannot be followed, or followed again in backward, through random ones"
+            )
+    path.reach(end, dynamics.field())
 
 
 def vectors(path: Path, initial: Tensor, dynamics: Dynamics, times: Tensor, gradient: str) -> Tensor:
     """(streams, layers, n, dim) at ascending float64 `times` (CPU), differentiable in initial and the dynamics.
 
-    `path` begins at `initial`; it is solved here, and its steps are dropped once they are read.
+    `path` begins at `initial`; it is solved here, and its steps are dropped.
     """
-    with torch.no_grad():
-        solve(path, float(times[-1]), dynamics)
-    steps, path.steps = path.steps, []
     if gradient == "checkpoint":
         made: Tensor = _Checkpointed.apply(  # type: ignore[no-untyped-call]
-            path.plan, steps, times, dynamics, initial, *dynamics.tensors.values()
+            path, times, dynamics, initial, *dynamics.tensors.values()
         )
         return made
-    taken = Taken.of(path.plan, steps, times, initial)
+    path.reader = lambda step: None
+    with torch.no_grad():
+        solve(path, float(times[-1]), dynamics)
+    taken = Taken.of(path, times)
     if gradient == "adjoint":
         return _adjoint(taken, initial, dynamics)
-    made = dynamics.use(lambda field: _direct(taken, initial, field))
-    return made
+    return _direct(taken, initial, dynamics.field())
 
 
 class Taken(NamedTuple):
@@ -105,11 +124,12 @@ class Taken(NamedTuple):
     dense: Tensor
 
     @classmethod
-    def of(cls, plan: Plan, steps: list[Step], times: Tensor, like: Tensor) -> Taken:
-        starts, sizes = [step.start for step in steps], [step.size for step in steps]
-        method = METHODS[plan.method]
-        moments, dense = times_of(method, starts, sizes, like), dense_of(method, like)
-        return cls(plan, starts, sizes, locate(times, starts, sizes, like), moments, dense)
+    def of(cls, path: Path, times: Tensor) -> Taken:
+        """Of a path, which loses them."""
+        starts, sizes = [step.start for step in path.steps], [step.size for step in path.steps]
+        path.steps = []
+        moments = times_of(path.method, starts, sizes, path.initial)
+        return cls(path.plan, starts, sizes, locate(times, starts, sizes, path.initial), moments, path.dense)
 
     def again(self, k: int, field: Field, state: Tensor, first: Tensor | None = None) -> Slopes:
         return step(METHODS[self.plan.method], field, self.moments[k], self.sizes[k], state, first)
@@ -121,31 +141,32 @@ class Taken(NamedTuple):
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, steps: list[Step], times: Tensor, dynamics: Dynamics, initial: Tensor, *tensors: Tensor
+        ctx: Any, path: Path, times: Tensor, dynamics: Dynamics, initial: Tensor, *tensors: Tensor
     ) -> Tensor:
-        ctx.taken, ctx.dynamics, ctx.num_tensors = Taken.of(plan, steps, times, initial), dynamics, len(tensors)
         streams, layers, dim = initial.shape
         out = torch.empty(streams, layers, len(times), dim, dtype=initial.dtype, device=initial.device)
-        read(steps, ctx.taken.times, out)
-        ctx.save_for_backward(*tensors, *(step.state for step in steps))
+        path.reader = Reader(times, out)
+        solve(path, float(times[-1]), dynamics)
+        ctx.save_for_backward(*tensors, *(step.state for step in path.steps))
+        ctx.taken, ctx.dynamics, ctx.num_tensors = Taken.of(path, times), dynamics, len(tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         # Grad mode is on only under create_graph=True.
         run = partial(_RefuseSecondOfSolve.apply, _back) if torch.is_grad_enabled() else _back
-        return None, None, None, None, *run(ctx, grad_out, *ctx.saved_tensors)
+        return None, None, None, *run(ctx, grad_out, *ctx.saved_tensors)
 
 
 def _back(ctx: Any, grad_out: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the initial state and of the dynamics' tensors, None for those that need none."""
     tensors, states = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
-    needed = ctx.needs_input_grad[5:]
+    needed = ctx.needs_input_grad[4:]
     wanted = [x for x, need in zip(tensors, needed) if need]
-    run = lambda field: _retrace(ctx.taken, grad_out, field, wanted, states)
-    grad_initial, grads = ctx.dynamics.with_tensors(tensors).use(run)
-    given = iter(grads)
-    return grad_initial if ctx.needs_input_grad[4] else None, *(next(given) if need else None for need in needed)
+    field = ctx.dynamics.with_tensors(tensors).field()
+    grad_initial, found = _retrace(ctx.taken, grad_out, field, wanted, states)
+    grads = iter(torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found))
+    return grad_initial if ctx.needs_input_grad[3] else None, *(next(grads) if need else None for need in needed)
 
 
 def _retrace(
@@ -203,7 +224,7 @@ def _adjoint(taken: Taken, initial: Tensor, dynamics: Dynamics) -> Tensor:
     from torchdiffeq import odeint_adjoint
 
     plan, starts, sizes = taken.plan, taken.starts, taken.sizes
-    field = lambda time, state: dynamics.use(lambda module: module(time, state))
+    field = lambda time, state: dynamics.field()(time, state)  # in backward the module may have others
     part = lambda k, state: taken.coefficients(k, taken.again(k, field, state))
     ends = torch.tensor([*starts, starts[-1] + sizes[-1]], dtype=torch.float64, device=initial.device)
     adaptive = METHODS[plan.method].adaptive

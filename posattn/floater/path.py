@@ -7,6 +7,7 @@ a prefix of a longer solve is the shorter solve, and a solve that goes on from t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,13 @@ class _TooMany(Exception):
 
 
 class Path:
-    """The trajectory from `initial` (streams, layers, dim) at time 0, as far as it has been asked for."""
+    """The trajectory from `initial` (streams, layers, dim) at time 0, as far as it has been asked for.
 
-    def __init__(self, plan: Plan, initial: Tensor) -> None:
-        self.plan, self.initial = plan, initial
+    With a `reader`, which is given each step as it is taken, of steps only what it takes to make them again is kept.
+    """
+
+    def __init__(self, plan: Plan, initial: Tensor, reader: Callable[[Step], None] | None = None) -> None:
+        self.plan, self.initial, self.reader = plan, initial, reader
         self.method = METHODS[plan.method]
         self.dense = dense_of(self.method, initial)
         self.steps: list[Step] = []
@@ -115,19 +119,27 @@ class Path:
 
     def _march(self, end: float, watch: _Watch) -> None:
         """Steps of one size, at multiples of it. A GPU is waited for once, at the end."""
-        size, kept = self.plan.step_size, len(self.steps)
-        starts = [k * size for k in range(kept, max(kept + 1, math.ceil(end / size)))]
+        plan, kept = self.plan, len(self.steps)
+        size, count = plan.step_size, end / plan.step_size
+        if count - kept > plan.max_steps:
+            raise RuntimeError(
+                f'FLOATER with method="{plan.method}" would take {count:.6g} steps of step_size = {size:g} to position '
+                f"{end / plan.delta_t:.6g}, more than max_steps = {plan.max_steps}: use a larger step_size, an "
+                "adaptive method, fewer positions, or a larger max_steps"
+            )
+        starts = [k * size for k in range(kept, max(kept + 1, math.ceil(count)))]
+        finite = []
         for start, times in zip(starts, times_of(self.method, starts, [size] * len(starts), self.initial)):
             watch.start = start
             made = step(self.method, watch.evaluate, times, size, watch.state, watch.slope)
             watch.slope, watch.slopes, watch.reached = made.slopes[0], made.slopes[1:], made.end
-            watch.keep(size, finite=False)
-        numbers = torch.stack([torch.isfinite(step.coefficients).all() for step in self.steps[kept:]])
-        if not numbers.all():
-            last = self.steps[kept + int(numbers.int().argmin())]
-            self.steps = [step for step in self.steps if step.start < last.start]
-            watch.start, watch.state, watch.slope, watch.slopes = last.start, last.state, last.slope, []
-            watch.reached = last.coefficients.sum(0)
+            finite.append(watch.keep(size))
+        if not torch.stack(finite).all():
+            bad = kept + int(torch.stack(finite).int().argmin())
+            states = [*(step.state for step in self.steps), watch.state][bad : bad + 2]
+            self.steps = self.steps[:bad]
+            watch.start, watch.slope, watch.slopes = bad * size, None, []
+            watch.state, watch.reached = states
             raise RuntimeError(watch.lost())
 
 
@@ -172,23 +184,32 @@ class _Watch:
         self.tried, self.slopes = tried, []
 
     def callback_accept_step(self, start: Tensor, state: Tensor, size: Tensor) -> None:
-        if not self.keep(self.tried):
+        if not self.keep(self.tried, wait=True):
             raise _Lost
 
     def callback_reject_step(self, start: Tensor, state: Tensor, size: Tensor) -> None:
         self.rejected += 1
 
-    def keep(self, size: float, finite: bool = True) -> bool:
-        """Add the step to the path; not if its polynomial is not `finite`, which a state may still be then."""
+    def keep(self, size: float, wait: bool = False) -> Tensor:
+        """Add the step to the path, and tell whether its polynomial is finite: a state may be although that is not.
+
+        The answer stays on the device. With `wait` it is waited for, and a step without is not added.
+        """
         assert self.slope is not None
         slopes = [self.slope, *self.slopes]
         made = coefficients(self.path.dense, slopes, size)
-        if finite and not torch.isfinite(made).all():
-            return False
-        self.path.steps.append(Step(self.start, size, self.state, self.slope, made, self.reached))
+        finite = torch.isfinite(made).all()
+        if wait and not finite:
+            return finite
+        taken = Step(self.start, size, self.state, self.slope, made, self.reached)
+        if self.path.reader is not None:
+            self.path.reader(taken)
+            nothing = self.path.dense  # of no size to speak of
+            taken = taken._replace(slope=nothing, coefficients=nothing, reached=nothing)
+        self.path.steps.append(taken)
         self.start, self.state, self.slope = self.start + size, self.reached, slopes[-1]
         self.taken += 1
-        return True
+        return finite
 
     def lost(self) -> str:
         """What to say of a trajectory that leaves the numbers there are."""

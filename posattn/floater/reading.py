@@ -77,6 +77,20 @@ def narrowed(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
+class Reader:
+    """Reads the vectors at ascending `times` (float64, CPU) into `out` while a path is being taken, step by step."""
+
+    def __init__(self, times: Tensor, out: Tensor) -> None:
+        self.times, self.out, self.done = times, out, 0
+
+    def __call__(self, step: Step) -> None:
+        done, count = self.done, int(torch.searchsorted(self.times, step.end, right=True))
+        if count > done:
+            here = locate(self.times[done:count], [step.start], [step.size], step.state)
+            read([step], here, self.out[..., done:count, :])
+            self.done = count
+
+
 def read_with_grad(states: Sequence[Tensor], coefficients: Sequence[Tensor], times: Times) -> Tensor:
     """The same as a differentiable function of the steps' states and coefficients: (streams, layers, n, dim)."""
     read = []

@@ -90,8 +90,10 @@ class Table:
             if rows.shape[2] < length:
                 streams, layers, _, dim = rows.shape
                 rows = rows.new_empty((streams, layers, length + length // SPARE + 256, dim))
-                rows[:, :, :filled] = kept.rows[:, :, :filled]
-            _fill(kept.path, torch.arange(filled, length, dtype=torch.float64) * delta_t, rows[:, :, filled:length])
+                rows.data[:, :, :filled] = kept.rows[:, :, :filled]
+            # .data: views handed out are of other positions, and are not to count as changed in place
+            new = rows.data[:, :, filled:length]
+            _fill(kept.path, torch.arange(filled, length, dtype=torch.float64) * delta_t, new)
             kept = _Kept(key, kept.path, rows, length, version_of(rows))
         self._kept = kept
         return kept

@@ -47,6 +47,8 @@ T5 = {
     "dropout_rate": 0.0,
 }
 T5 |= {"decoder_start_token_id": 0}
+BLOOM = {**SPECIAL, "vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4}
+BLOOM |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 WHISPER = {**TRANSLATION, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
 
 # name: class, config class, its arguments, names of streams by encoder (in the order of model.floater), layers of each
@@ -69,6 +71,7 @@ MODELS = {
     "distilbert": ("DistilBertModel", "DistilBertConfig", DISTILBERT, ONE),
     "albert": ("AlbertModel", "AlbertConfig", {**BERT, "embedding_size": 16}, {"layers": (SELF, 1)}),
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**SIZE, **WORDS, **SPECIAL}, ONE),
+    "bloom": ("BloomForCausalLM", "BloomConfig", BLOOM, ONE),
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**SIZE, **WORDS, **SPECIAL}, ONE),
     "bart": ("BartForConditionalGeneration", "BartConfig", TRANSLATION, THREE),
     "marian": ("MarianMTModel", "MarianConfig", TRANSLATION, THREE),

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from .encoder import FLOATER
-from .frames import Closes, Opens, Remade, Stack
-from .models import STREAMS, Attention, check_widths, counts_by_mask, find_attention, names_of, stacks_of
+from .frames import Stack
+from .hooks import Closes, Opens, Remade
+from .models import STREAMS, Attention, check_widths, find_attention, names_of, stacks_of
 from .multihead import PositionedMultiheadAttention, check_served
 from .sites import Handles, Site, place, restore
 
@@ -38,11 +39,11 @@ class Attachment(nn.ModuleDict):
         return {name: encoder for name, encoder in self.items() if isinstance(encoder, FLOATER)}
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, local: bool = False) -> Iterator[None]:
         """`FLOATER.hold` of all encoders: in this block they solve once, and have their gradients at its end."""
         with contextlib.ExitStack() as held:
             for encoder in self.encoders.values():
-                held.enter_context(encoder.hold())
+                held.enter_context(encoder.hold(local))
             yield
 
     def detach(self) -> None:
@@ -105,8 +106,12 @@ def attach(
     cross_key and cross_value at the encoder's positions. They are children of ``model.floater``, with parameters and
     entries of the state dict: a model that is built and attached in the same way loads it.
 
-    Positions: position_ids if the model is given some, otherwise 0, 1, ... after what the cache holds. Models that
-    count positions by the attention mask (OPT) are followed. Cross keys, and torch.nn.MultiheadAttention, count from 0.
+    Positions: position_ids if the model is given some, otherwise 0, 1, ... after what the cache holds, where tokens
+    that an attention_mask (batch, length) of zeros and ones hides are not counted: padding on the left moves nothing,
+    padding on the right has the positions it would have without a mask. That is one rule for all models, those included
+    that count padding in embeddings of their own (BERT; GPT-2, whose generate gives position_ids). To see whether a
+    mask hides anything on the left waits for a GPU, once a forward. Cross keys, and torch.nn.MultiheadAttention, count
+    from 0. Threads may share an attached model, as they may any other.
 
     Args:
         model: of transformers, or any module that contains torch.nn.MultiheadAttention (add_bias_kv and add_zero_attn
@@ -116,11 +121,15 @@ def attach(
             copies of it in the others.
 
     Checkpointing by a model's own activation_checkpointing_enable() works; with use_reentrant=True each layer
-    solves again in backward.
+    solves again in backward. torch.compile breaks its graph at each projection, as vectors are made outside of graphs;
+    layers of transformers, each of which knows its number, then have graphs of their own, so that
+    torch._dynamo.config.recompile_limit has to be a few times the number of layers.
 
-    Raises ValueError if no attention is found, if `model` is attached already, and if projections of a stack differ in
-    width: keys and values are narrower with grouped queries, where streams=("query",) is possible. The model's forward
-    raises RuntimeError where positions are not known.
+    Raises ValueError if no attention is found, if `model` is attached already, if projections of a stack differ in
+    width (keys and values are narrower with grouped queries, where streams=("query",) is possible), and for attention
+    that is known to project (length, batch, width), of Longformer, LED and FSMT, or not by calling its projections, of
+    WavLM. The model's forward raises RuntimeError where positions are not known, and where a projection has the length
+    of input_ids, inputs_embeds or hidden_states first, which is seen if length and batch differ.
 
         >>> import posattn
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2).eval()
@@ -159,7 +168,7 @@ def attach(
                 own[role] = encoders[name] = _encoder(
                     layers, role, widths[owner][role], streams, delta_t, options
                 )
-        stack = Stack(names[0], own, counts_by_mask(model.get_submodule(owner)))
+        stack = Stack(names[0], own)
         attachment._stacks.append(stack)
         for cross in (False, True):
             for layer, each in enumerate(each for each in layers if each.cross == cross):
@@ -210,7 +219,8 @@ def _watch(stack: Stack, model: nn.Module, owner: str, stacks: dict[str, list[At
         inside = [other for other in stacks if not path or other == path or other.startswith(path + ".")]
         if path == owner or inside == [owner]:
             module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(Opens(stack, module), with_kwargs=True))
+            opens = Opens(stack, module, path == owner)
+            handles.append(module.register_forward_pre_hook(opens, with_kwargs=True))
             handles.append(module.register_forward_hook(Closes(stack), always_call=True))
     return handles
 

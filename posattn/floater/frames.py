@@ -1,15 +1,16 @@
-"""Vectors on their way into a model: which forward is under way, where its tokens stand, what is added where.
+"""Which forward is under way, where its tokens stand, and the vectors of these positions.
 
 Each forward of a stack opens a `Frame`, which holds the positions of its tokens and solves for their vectors at most
-once for all layers and streams. Everything here is made of classes of the module's level, so that a model
-with hooks can be copied and pickled.
+once for all layers and streams. What opens and closes frames, and adds vectors, is in hooks.py. Everything is made of
+classes of the module's level, so that a model with hooks can be copied and pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import FLOATER
-
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
 class Place(NamedTuple):
@@ -36,41 +35,81 @@ class Rows(NamedTuple):
     which: Tensor | None
 
 
-class Frame:
-    """One forward of a stack.
+class Where(NamedTuple):
+    """Positions, looked at. `start` and those that follow it; or `which` of the `distinct`, or of all from 0 on."""
 
-    Tokens stand at ``start, start + 1, ...`` or, where a model is given them, at `positions` (batch or 1, length).
-    `grad` is the grad mode in which the forward began: parts of it may run without (a checkpoint that is re-entrant),
-    but vectors serve all of it.
+    start: int
+    distinct: Tensor | None = None
+    which: Tensor | None = None
+
+
+class Frame:
+    """One forward of a stack, or of a module around it.
+
+    Tokens stand at ``start, start + 1, ...``; or at `positions` (batch or 1, length), where a model is given them; or
+    where `mask` (batch, start + length) says. Each is taken over from `outer`, the forward around this one. `size` is
+    (batch, length) of what the stack was given, if known. `opener` is the module, `caller` the Python frame of its
+    call. `grad` is the grad mode in which the forward began: parts of it may run without (a checkpoint that is
+    re-entrant), but vectors serve all of it.
     """
 
     def __init__(
-        self, start: int = 0, positions: Tensor | None = None, opener: nn.Module | None = None
+        self, outer: Frame | None = None, opener: nn.Module | None = None, caller: FrameType | None = None
     ) -> None:
-        self.start, self.positions, self.opener = start, positions, opener
+        self.start: int = 0 if outer is None else outer.start
+        self.positions: Tensor | None = None if outer is None else outer.positions
+        self.mask: Tensor | None = None if outer is None else outer.mask
+        self.size: tuple[int, int] | None = None
+        self.opener, self.caller = opener, caller
         self.grad = torch.is_grad_enabled()
+        self._where: dict[tuple[int, int], Where] = {}
         self._rows: dict[tuple[Any, ...], Rows] = {}
 
     def again(self) -> Frame:
         """The same tokens, solved for anew, in the grad mode of now."""
-        return Frame(self.start, self.positions)
+        frame = Frame(self)
+        frame.size = self.size
+        return frame
+
+    def over(self) -> bool:
+        """Whether the call has ended without closing this frame: no hook of torch follows a KeyboardInterrupt.
+
+        Python tells by refusing to clear the locals of a frame that is being executed; those of one that has ended are
+        of no use to anyone.
+        """
+        if self.caller is None:
+            return False
+        try:
+            self.caller.clear()
+        except RuntimeError:  # it is being executed
+            return False
+        return True
 
     def rows(self, encoder: FLOATER, like: Tensor, length: int, counted: bool) -> Rows:
         """Vectors for `length` tokens, in the dtype and on the device of `like`; counted: from 0, whatever tokens."""
-        if not counted and self.positions is not None:
-            self._settle(length)
-        scattered = not counted and self.positions is not None
-        start = 0 if counted or scattered else self.start
-        key = (id(encoder), like.dtype, like.device, scattered, start)
+        where = Where(0) if counted else self.settled(like.shape[0], length)
+        key = (id(encoder), like.dtype, like.device, where.start, id(where.distinct), id(where.which))
         rows = self._rows.get(key)
-        if rows is None or (not scattered and rows.by_place[0].shape[0] < length):
-            rows = self._rows[key] = self._solve(encoder, like, start, length, scattered)
+        if rows is None or (where.which is None and rows.by_place[0].shape[0] < length):
+            if where.which is not None and where.distinct is None:
+                length += self.start
+            rows = self._rows[key] = self._solve(encoder, like, where, length)
         return rows
 
-    def _settle(self, length: int) -> None:
-        """Positions as models give them: checked, and replaced by their start where they are contiguous."""
-        positions = self.positions
-        assert positions is not None
+    def settled(self, batch: int, length: int) -> Where:
+        where = self._where.get((batch, length))
+        if where is None:
+            if self.positions is not None:
+                where = self._given(self.positions, length)
+            elif self.mask is not None and tuple(self.mask.shape) == (batch, self.start + length):
+                where = self._by_mask(self.mask)
+            else:
+                where = Where(self.start)
+            self._where[batch, length] = where
+        return where
+
+    def _given(self, positions: Tensor, length: int) -> Where:
+        """Positions as models give them, checked. Those that are contiguous need no gather."""
         if positions.dim() not in (1, 2) or positions.shape[-1] != length:
             shape = tuple(positions.shape)
             raise RuntimeError(
@@ -80,39 +119,71 @@ class Frame:
         if not positions.is_floating_point() and length:
             first = int(positions[0, 0])
             if torch.equal(positions, (first + torch.arange(length).to(positions)).expand_as(positions)):
-                self.start, self.positions = first, None
-                return
-        self.positions = positions
+                return Where(first)
+        distinct, which = torch.unique(positions, return_inverse=True)
+        return Where(0, distinct, which)
 
-    def _solve(self, encoder: FLOATER, like: Tensor, start: int, length: int, scattered: bool) -> Rows:
+    def _by_mask(self, mask: Tensor) -> Where:
+        """Positions that leave out what is hidden. Where that is nothing, or on the right only: as without a mask.
+
+        That comparison waits for a GPU, once a forward; under capture in a CUDA graph it is left out.
+        """
+        mask = mask.detach()
+        if mask.is_floating_point() and bool((mask < 0).any()):  # to be added to scores: no padding mask
+            return Where(self.start)
+        seen = mask != 0
+        which = (seen.cumsum(1) - 1).clamp(min=0)[:, self.start :]
+        if not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            in_order = torch.arange(self.start, mask.shape[1], device=mask.device)
+            if bool(((which == in_order) | ~seen[:, self.start :]).all()):
+                return Where(self.start)
+        return Where(0, None, which)
+
+    def _solve(self, encoder: FLOATER, like: Tensor, where: Where, length: int) -> Rows:
         # The solve belongs to no checkpoint that may be recording around it: what it saves is saved as it is, and not
         # counted there.
-        which = None
         with (
             torch.set_grad_enabled(self.grad),
             torch.autograd.graph.saved_tensors_hooks(_detached, _unchanged),
         ):
-            if scattered:
-                assert self.positions is not None
-                distinct, which = torch.unique(self.positions, return_inverse=True)
-                vectors = encoder.at(distinct)
-                which = which.to(like.device)
+            if where.distinct is not None:
+                vectors = encoder.at(where.distinct)
             else:
-                vectors = encoder(start + length)[:, :, start:]
+                vectors = encoder(where.start + length)[:, :, where.start :]
             vectors = vectors.to(like.device, like.dtype)
+            which = None if where.which is None else where.which.to(like.device)
             return Rows(vectors.flatten(0, 1).unbind(0), which)
 
 
 class Stack:
-    """What the attention layers of one stack share: encoders, and the forwards under way."""
+    """What the attention layers of one stack share: encoders, and the forwards under way, of each thread its own."""
 
-    def __init__(self, name: str, encoders: dict[str, FLOATER], by_mask: bool) -> None:
-        self.name, self.encoders, self.by_mask = name, encoders, by_mask
-        self.frames: list[Frame] = []
+    def __init__(self, name: str, encoders: dict[str, FLOATER]) -> None:
+        self.name, self.encoders = name, encoders
         self.longest = 0  # position asked for
+        self._here, self._lock = threading.local(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "frames": []}
+        return {"name": self.name, "encoders": self.encoders, "longest": self.longest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._here, self._lock = threading.local(), threading.Lock()
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Forwards under way in this thread, the innermost last."""
+        found: list[Frame] | None = getattr(self._here, "frames", None)
+        if found is None:
+            found = self._here.frames = []
+        return found
+
+    def current(self) -> Frame | None:
+        """The innermost forward under way; those that were interrupted are dropped."""
+        frames = self.frames
+        while frames and frames[-1].over():
+            frames.pop()
+        return frames[-1] if frames else None
 
     def vectors(
         self, frame: Frame, places: list[Place], like: Tensor, length: int, counted: bool
@@ -128,164 +199,22 @@ class Stack:
                     f"positions for {rows.which.shape[0]} sequences, but {like.shape[0]} were projected"
                 )
             found.append(row[:length] if rows.which is None else F.embedding(rows.which, row))
-        self.longest = max(self.longest, length + (0 if counted else frame.start))
+        reached = length + (0 if counted else frame.settled(like.shape[0], length).start)
+        if reached > self.longest:
+            with self._lock:
+                self.longest = max(self.longest, reached)
         return found
-
-
-class Opens:
-    """Pre-hook of a module whose forward runs a stack, directly or not: finds out where tokens stand."""
-
-    def __init__(self, stack: Stack, module: nn.Module) -> None:
-        self.stack = stack
-        self.names = list(inspect.signature(module.forward).parameters)
-        # layers of transformers that may be told to make their forward again in backward
-        self.layers = [layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frames = self.stack.frames
-        outer = frames[-1] if frames else None
-        frame = Frame(outer.start, outer.positions, module) if outer else Frame(opener=module)
-        frames.append(frame)
-        given = {**dict(zip(self.names, args)), **kwargs}
-        past = next((given[name] for name in CACHES if given.get(name) is not None), None)
-        if past is not None:
-            frame.start = past_length(past)
-        positions, mask = given.get("position_ids"), given.get("attention_mask")
-        if isinstance(positions, Tensor):
-            frame.positions = positions
-        elif self.stack.by_mask and isinstance(mask, Tensor) and mask.dim() == 2 and frame.positions is None:
-            counted = (mask.long().cumsum(1) * mask.long() - 1).clamp(min=0)
-            frame.positions = counted[:, frame.start :]
-        for layer in self.layers:
-            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-            if isinstance(checkpoint, Remade):
-                checkpoint.add(self.stack)
-            elif checkpoint is not None:
-                layer._gradient_checkpointing_func = Remade(checkpoint, self.stack)  # type: ignore[assignment]
-
-
-class Closes:
-    """Hook of the same module, called whether its forward returns or raises."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.stack.frames and self.stack.frames[-1].opener is module:
-            self.stack.frames.pop()
-
-
-class Remade:
-    """In place of a layer's checkpoint function: the forward that is made again in backward has its frames again."""
-
-    def __init__(self, checkpoint: Callable[..., Any], stack: Stack) -> None:
-        self.checkpoint, self.stacks = checkpoint, [stack]
-
-    def add(self, stack: Stack) -> None:
-        if stack not in self.stacks:
-            self.stacks.append(stack)
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        under_way = [(stack, stack.frames[-1]) for stack in self.stacks if stack.frames]
-        return self.checkpoint(InFrames(function, under_way), *args, **kwargs)
-
-
-class InFrames:
-    """A function that runs in frames of its own choice.
-
-    A checkpoint that is not re-entrant makes the forward again for values only, and gradients go the way of the first
-    time: the same vectors serve. A re-entrant one runs the first time without autograd and differentiates the second,
-    layer by layer: there vectors are solved for anew in each layer, and gradients go through that.
-    """
-
-    def __init__(self, function: Callable[..., Any], frames: list[tuple[Stack, Frame]]) -> None:
-        self.function, self.frames = function, frames
-        self.reentrant = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(frame.grad for _, frame in self.frames) and not torch.is_grad_enabled():
-            self.reentrant = True
-        with contextlib.ExitStack() as opened:
-            for stack, frame in self.frames:
-                opened.enter_context(within(stack, frame.again() if self.reentrant else frame))
-            return self.function(*args, **kwargs)
-
-
-class Adds:
-    """Hook of a projection: its output (batch, length, width) with the vectors of its streams and layer added.
-
-    In place where autograd permits. The alternative is to have the projection's matrix product start from the vectors
-    (addmm with them as its third operand). Measured on 2 CPU cores with length and width 512, in ms:
-                                     linear, add_   addmm     (1 thread; 2 threads are alike within the noise of 5 %)
-        batch 1, forward                2.88         2.74
-        batch 1, forward and backward   9.63         9.41
-        batch 8, forward               26.2         24.0
-        batch 8, forward and backward  72.3         73.4
-    At most 8 % of a projection's forward, nothing in training: not worth replacing what the model's author put there.
-    """
-
-    def __init__(
-        self, stack: Stack, places: list[Place | None], layout: str, head_dim: int, counted: bool
-    ) -> None:
-        self.stack, self.places, self.counted = stack, places, counted
-        self.layout, self.head_dim = layout, head_dim
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if not self.stack.frames:
-            raise RuntimeError(
-                f'a projection of the attention stack "{self.stack.name}" was called outside of a forward of the model '
-                "(or of the module that runs the stack), so that positions are not known. Call the model; for "
-                "checkpoints use the model's own activation_checkpointing_enable()"
-            )
-        if output.dim() != 3:
-            shape = tuple(output.shape)
-            raise RuntimeError(
-                f"a projection gave {shape}; positions are known for (batch, length, width) only"
-            )
-        wanted = [place for place in self.places if place is not None]
-        found = iter(self.stack.vectors(self.stack.frames[-1], wanted, output, output.shape[1], self.counted))
-        parts = [None if place is None else next(found) for place in self.places]
-        vectors = arranged(parts, self.layout, self.head_dim)
-        known = type(module) is nn.Linear or type(module).__name__ == "Conv1D"  # its output is nobody else's
-        in_place = known and not (output.requires_grad and output._is_view())
-        return output.add_(vectors) if in_place else output + vectors
-
-
-def arranged(parts: list[Tensor | None], layout: str, head_dim: int) -> Tensor:
-    """One vector (..., dim) a stream, None for zeros, as they lie in a projection's output: (..., streams x dim)."""
-    some = next(part for part in parts if part is not None)
-    tensors = [torch.zeros_like(some) if part is None else part for part in parts]
-    if layout == "whole":
-        return tensors[0]
-    if layout == "chunks":
-        return torch.cat(tensors, dim=-1)
-    return torch.stack([part.unflatten(-1, (-1, head_dim)) for part in tensors], dim=-2).flatten(-3)
-
-
-def taken_apart(row: Tensor, streams: int, layout: str, head_dim: int) -> list[Tensor]:
-    """The inverse of `arranged`: the parts (dim,) of a bias (streams x dim,)."""
-    if layout != "heads":
-        return list(row.chunk(streams))
-    return [part.flatten() for part in row.view(-1, streams, head_dim).unbind(1)]
-
-
-def past_length(past: Any) -> int:
-    """How many tokens a cache holds: any object with get_seq_length, or nested tuples of keys and values."""
-    if hasattr(past, "get_seq_length"):
-        return int(past.get_seq_length())
-    while isinstance(past, (tuple, list)) and past:
-        past = past[0]
-    return past.shape[-2] if isinstance(past, Tensor) else 0
 
 
 @contextlib.contextmanager
 def within(stack: Stack, frame: Frame) -> Iterator[Frame]:
-    depth = len(stack.frames)
-    stack.frames.append(frame)
+    frames = stack.frames
+    depth = len(frames)
+    frames.append(frame)
     try:
         yield frame
     finally:
-        del stack.frames[depth:]
+        del frames[depth:]
 
 
 def _detached(tensor: Tensor) -> Tensor:

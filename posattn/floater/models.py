@@ -6,7 +6,6 @@ Layers belong to one stack if they sit in the same list (nn.ModuleList, nn.Seque
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -28,6 +27,14 @@ FUSED = {
 }
 # Parts of names, in lower case, by which cross attention goes.
 CROSS = ("cross", "encoder_attn", "encdec")
+# Classes, by the last part of their module's name and their own, whose projections no hook can serve.
+LENGTH_FIRST = "it projects (length, batch, width)"
+NOT_SERVED = {
+    "modeling_longformer.LongformerSelfAttention": LENGTH_FIRST,
+    "modeling_led.LEDEncoderSelfAttention": LENGTH_FIRST,
+    "modeling_fsmt.Attention": LENGTH_FIRST,
+    "modeling_wavlm.WavLMAttention": "it takes weights and biases of its projections and does not call them",
+}
 
 
 class Projection(NamedTuple):
@@ -51,9 +58,15 @@ class Attention(NamedTuple):
 
 
 def find_attention(model: nn.Module) -> list[Attention]:
-    """All attention of a model, in its order; a module that is shared by several layers once. ValueError for none."""
+    """All attention of a model, in its order; a module that is shared by several layers once.
+
+    ValueError for none, and for what is not served.
+    """
     found = []
     for path, module in model.named_modules():
+        why = NOT_SERVED.get(f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}")
+        if why is not None:
+            raise ValueError(f"{path} is a {type(module).__name__}, which is not served: {why}")
         projections = _projections(path, module)
         if projections or isinstance(module, nn.MultiheadAttention):
             owner, below = _owner(path)
@@ -108,15 +121,6 @@ def check_widths(owner: str, layers: list[Attention], streams: tuple[str, ...]) 
                 f'layers of "{owner}" project to widths {sorted(part)}; one FLOATER serves one width'
             )
     return {name: part.pop() for name, part in widths.items() if part}
-
-
-def counts_by_mask(owner: nn.Module) -> bool:
-    """Whether a stack numbers its positions by the attention mask, padding not counted, when it is given none (OPT)."""
-    embedding = getattr(owner, "embed_positions", None)
-    return (
-        isinstance(embedding, nn.Module)
-        and "attention_mask" in inspect.signature(embedding.forward).parameters
-    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

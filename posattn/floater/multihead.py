@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .frames import Frame, Place, Stack
 
@@ -20,26 +21,45 @@ class Vectors:
 
     def __init__(self, stack: Stack, places: list[Place | None]) -> None:
         self.stack, self.places = stack, places
-        self.reentrant = False  # whether it was last run by a re-entrant checkpoint
 
-    def frame(self) -> Frame:
+    def added(self, outs: list[Tensor], sizes: list[int], length_dim: int) -> list[Tensor | None]:
+        """For projections of one or several streams each, side by side: (length, streams x dim), or None."""
+        frame, places, added = self._frame(), iter(self.places), []
+        for out, size in zip(outs, sizes):
+            length = out.shape[length_dim]
+            rows = [self._row(next(places), frame, out, length) for _ in range(size)]
+            some = next((row for row in rows if row is not None), None)
+            parts = [] if some is None else [torch.zeros_like(some) if row is None else row for row in rows]
+            added.append(torch.cat(parts, dim=-1) if parts else None)
+        return added
+
+    def _frame(self) -> Frame:
         """The forward under way. Alone, or when a part of a model is made again in backward, one of its own.
 
         Positions are counted from 0 whatever happens, so that there is nothing to be known. Made again by a checkpoint
         that is not re-entrant, the forward gives values only: those that the encoder keeps.
         """
-        if self.stack.frames:
-            frame = self.stack.frames[-1]
-            self.reentrant = frame.grad and not torch.is_grad_enabled()
-            return frame
-        again = torch._C._current_graph_task_id() != -1
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (not again or self.reentrant)):
-            return Frame()
+        frame = self.stack.current()
+        if frame is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not _for_values()):
+                frame = Frame()
+        return frame
 
-    def of(self, stream: int, frame: Frame, like: Tensor, length: int) -> Tensor | None:
-        """(length, dim), or None."""
-        place = self.places[stream]
+    def _row(self, place: Place | None, frame: Frame, like: Tensor, length: int) -> Tensor | None:
         return None if place is None else self.stack.vectors(frame, [place], like, length, counted=True)[0]
+
+
+def _for_values() -> bool:
+    """Whether a checkpoint that is not re-entrant makes a forward again: no gradient goes the way of this one.
+
+    Known by what such a checkpoint does with saved tensors. Were that not to be recognized, vectors would be solved for
+    with autograd in vain.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(False)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 class PositionedMultiheadAttention(nn.MultiheadAttention):
@@ -94,7 +114,6 @@ class PositionedMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of the three, (batch, heads, length, head_dim), of inputs in the module's own layout."""
         length_first = batched and not self.batch_first
-        frame = self.vectors.frame()
         sizes, inputs = [1, 1, 1], [query, key, value]
         if self.in_proj_weight is not None:  # one product for inputs that are the same
             weights = [self.in_proj_weight]
@@ -106,19 +125,24 @@ class PositionedMultiheadAttention(nn.MultiheadAttention):
         else:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         bias = None if self.kept_bias is None else self.kept_bias.split([n * self.embed_dim for n in sizes])
+        outs = [
+            F.linear(x if batched else x[None], weight, None if bias is None else bias[i])
+            for i, (x, weight) in enumerate(zip(inputs, weights))
+        ]
+        added = self._added(outs, sizes, 0 if length_first else 1)
+        order = (2, 1, 3, 0, 4) if length_first else (2, 0, 3, 1, 4)
         heads: list[Tensor] = []
-        for i, (x, weight, size) in enumerate(zip(inputs, weights, sizes)):
-            out = F.linear(x if batched else x[None], weight, None if bias is None else bias[i])
-            length = out.shape[0 if length_first else 1]
-            rows = [self.vectors.of(len(heads) + part, frame, out, length) for part in range(size)]
-            some = next((row for row in rows if row is not None), None)
-            if some is not None:
-                added = torch.cat([torch.zeros_like(some) if row is None else row for row in rows], dim=-1)
-                out = out.add_(added[:, None] if length_first else added)
-            out = out.unflatten(-1, (size, self.num_heads, self.head_dim))
-            order = (2, 1, 3, 0, 4) if length_first else (2, 0, 3, 1, 4)
-            heads.extend(out.permute(order).unbind(0))
+        for out, vectors, size in zip(outs, added, sizes):
+            if vectors is not None:
+                out = out.add_(vectors[:, None] if length_first else vectors)
+            heads.extend(out.unflatten(-1, (size, self.num_heads, self.head_dim)).permute(order).unbind(0))
         return heads[0], heads[1], heads[2]
+
+    def _added(self, outs: list[Tensor], sizes: list[int], length_dim: int) -> list[Tensor | None]:
+        if torch.compiler.is_compiling():
+            added: list[Tensor | None] = _disable_dynamo(Vectors.added)(self.vectors, outs, sizes, length_dim)
+            return added
+        return self.vectors.added(outs, sizes, length_dim)
 
 
 def check_served(path: str, module: nn.MultiheadAttention) -> None:

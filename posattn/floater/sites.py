@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .frames import Adds, Place, Stack, arranged, taken_apart
+from .frames import Place, Stack
+from .hooks import Adds, arranged, taken_apart
 from .models import STREAMS, Attention, is_conv1d
 from .multihead import PositionedMultiheadAttention, Vectors
 

@@ -24,7 +24,7 @@ def test_rehearsal(case):
 def test_wrong_vectors_fail(monkeypatch):
     """States a fifth of a position late, as the published solver returns some of them."""
     late = lambda self, length: self.at(torch.arange(length) + 0.2)
-    monkeypatch.setattr(posattn.FLOATER, "forward", late)
+    monkeypatch.setattr(posattn.FLOATER, "_along", late)
     assert "vectors" in gate_floater.check(Case(torch.float32, 6, 1, 33), CPU, rehearse=True)["failed"]
 
 

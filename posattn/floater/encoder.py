@@ -228,12 +228,15 @@ class FLOATER(nn.Module):
 
     def _made(self, how: Callable[[FLOATER, Any], Tensor], what: Any) -> Tensor:
         """how(self, what), outside of graphs that are being compiled: the number of steps depends on the numbers."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(self.initial):
-            raise RuntimeError("FLOATER has no rules for torch.func's grad, vmap and the like: use torch.autograd")
         if torch.compiler.is_compiling():
             # what torch.compiler.disable does, without importing the compiler when posattn is imported
-            made: Tensor = _disable_dynamo(how)(self, what)
+            made: Tensor = _disable_dynamo(FLOATER._eager)(self, how, what)
             return made
+        return self._eager(how, what)
+
+    def _eager(self, how: Callable[[FLOATER, Any], Tensor], what: Any) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(self.initial):
+            raise RuntimeError("FLOATER has no rules for torch.func's grad, vmap and the like: use torch.autograd")
         return how(self, what)
 
     def _along(self, length: int) -> Tensor:

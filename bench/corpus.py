@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,12 @@ def read_corpus(folder: Path | None = None) -> Corpus:
     digest = hashlib.sha256(bytes(train) + bytes(held_out)).hexdigest()
     tensors = (torch.frombuffer(text, dtype=torch.uint8) for text in (train, held_out))
     return Corpus(*tensors, num_files=len(files), digest=digest)
+
+
+@lru_cache(maxsize=1)
+def corpus() -> Corpus:
+    """What `read_corpus` gives, read once in a process."""
+    return read_corpus()
 
 
 class Batches:

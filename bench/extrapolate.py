@@ -25,7 +25,7 @@ from .corpus import Corpus, read_corpus
 from .machine import describe, slug
 from .positions import POSITIONS, chosen
 from .progress import progress
-from .resume import Finished
+from .resume import Finished, name_of
 from .train import LAST, Recipe, curve, evaluate, train
 
 VERSION = 1  # to be raised when the code changes what a plan gives: results of another version are not reused
@@ -121,10 +121,6 @@ def run(
     )
     print(f"\n{report.text(found)}\n\nwritten: {path}, {plot}")
     return 0
-
-
-def name_of(kind: str, seed: int) -> str:
-    return f"{kind}, seed {seed}"
 
 
 def whole_plan(todo: Plan, machine: dict[str, Any], corpus: Corpus) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import copy
 import math
 import time
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .corpus import Batches, Corpus, read_corpus
+from .corpus import Batches, corpus
 from .floater_model import (
     CHAIN,
     KINDS,
@@ -31,9 +31,9 @@ from .floater_model import (
     with_floater,
 )
 from .measure import Patience, interleaved, seconds_of, summary
-from .resume import Finished
-from .spe_workers import each
+from .resume import Finished, name_of
 from .train import BITS, LAST, Recipe, curve, evaluate, train
+from .workers import each
 
 VERSION = 1  # to be raised when the code changes what a plan gives: results of another version are not reused
 
@@ -64,11 +64,6 @@ def half_of(recipe: Recipe) -> Recipe:
     return recipe._replace(
         steps=recipe.steps // 2, warmup=recipe.warmup // 2, learning_rate=recipe.learning_rate / 2
     )
-
-
-@lru_cache(maxsize=1)
-def corpus() -> Corpus:
-    return read_corpus()
 
 
 # ----------------------------------------------------------------------------------------------------------- a model
@@ -232,10 +227,6 @@ def measure(
     finished.finish({"machine": machine, "quick": quick, **found, "seconds": time.perf_counter() - start})
     print(f"\n{report.text(found)}\n\nwritten: {path}, {plot}, {plots.name}-*.png")
     return 0
-
-
-def name_of(kind: str, seed: int) -> str:
-    return f"{kind}, seed {seed}"
 
 
 def whole_plan(todo: Plan, machine: dict[str, Any]) -> dict[str, Any]:

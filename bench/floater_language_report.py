@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
+import torch
 from torch import Tensor
 
 from .extrapolate_report import summary
 from .floater_model import KINDS
-from .floater_report import plane, seconds_text
+from .floater_report import seconds_text
 from .report import COLOURS, Row, drawing, markdown
 
 # Seed by seed: both start from the same numbers and see the same batches.
@@ -200,6 +201,16 @@ def plot(found: Row, machine: Row, path: Path) -> None:
     ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """Principal components: (layers, length, dim) to (layers, length, 2) in the plane in which these differ most, all
+    layers' the same, and the parts of the variance along its axes."""
+    flat = vectors.detach().double().cpu().flatten(0, 1)
+    flat = flat - flat.mean(0)
+    values, axes = torch.linalg.eigh(flat.mT @ flat)
+    share = (values.flip(0)[:2] / values.sum().clamp_min(1e-300)).tolist()
+    return (flat @ axes.flip(1)[:, :2]).unflatten(0, vectors.shape[:2]), (share[0], share[1])
 
 
 def plot_trajectories(vectors: Tensor, path: Path, label: str, trained: int) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .contest import DIRECTIONS
 from .floater_peers import A_LAYER, DENSE, FIVE, OF_DIRECTION, OURS, PUBLISHED, SAME, TOGETHER
 from .floater_targets import SHORT, mark, seconds_text, verdict
@@ -186,46 +183,5 @@ def plot_speed(cells: list[Row], machine: Row, path: Path) -> None:
     shape = "3 streams, {layers} layers, dim {dim}, delta_t {delta_t:g}, gain {gain:g}".format(**cells[0])
     note = "published: one layer times the layers where it is slow"
     figure.suptitle(f"{machine['device_name']}, torch {machine['torch']}; {shape}; {note}", fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """Principal components: (layers, length, dim) to (layers, length, 2) in the plane in which these differ most, all
-    layers' the same, and the parts of the variance along its axes."""
-    flat = vectors.detach().double().cpu().flatten(0, 1)
-    flat = flat - flat.mean(0)
-    values, axes = torch.linalg.eigh(flat.mT @ flat)
-    share = (values.flip(0)[:2] / values.sum().clamp_min(1e-300)).tolist()
-    return (flat @ axes.flip(1)[:, :2]).unflatten(0, vectors.shape[:2]), (share[0], share[1])
-
-
-def plot_trajectories(
-    vectors: Tensor, path: Path, streams: tuple[str, ...] = ("query", "key", "value"), title: str = "",
-    trained: int | None = None,
-) -> None:  # fmt: skip
-    """Where positions lie: `vectors` (streams, layers, length, dim), the part of each that its place adds,
-    p(t) - p(0), projected on the two directions in which a stream differs most.
-
-    A panel a stream, a line a layer with its number at the end, colour by position; a cross at position `trained`.
-    """
-    pyplot = drawing()
-    added = (vectors - vectors[:, :, :1]).detach()
-    count, layers, length = added.shape[:3]
-    figure, axes = pyplot.subplots(1, count, figsize=(4.8 * count, 4.6), layout="constrained", squeeze=False)
-    for ax, stream, of_stream in zip(axes[0], streams, added):
-        points, share = plane(of_stream)
-        for layer, line_of in enumerate(points.tolist()):
-            x, y = zip(*line_of)
-            ax.plot(x, y, color="grey", linewidth=0.6, zorder=1)
-            shown = ax.scatter(x, y, c=range(length), cmap="viridis", s=6, zorder=2)
-            ax.annotate(str(layer), (x[-1], y[-1]), fontsize="small", zorder=3)
-            if trained is not None and trained < length:
-                ax.plot(x[trained], y[trained], "x", color=COLOURS[3], markersize=7, zorder=4)
-        ax.set(xlabel=f"{100 * share[0]:.3g} % of the variance", ylabel=f"{100 * share[1]:.2g} %")
-        ax.set_title(stream, fontsize="medium")
-        ax.grid(alpha=0.3)
-    figure.colorbar(shown, ax=list(axes[0]), label="position", shrink=0.8)
-    figure.suptitle(title or f"p(t) - p(0), {layers} layers, numbered where they end", fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

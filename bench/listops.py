@@ -29,8 +29,8 @@ from .listops_data import Expressions, Rules, make_splits, text_of
 from .listops_model import KINDS, Encoder, Shape, groups
 from .machine import describe, slug
 from .progress import progress
-from .resume import Finished
-from .spe_workers import each
+from .resume import Finished, name_of
+from .workers import each
 
 VERSION = 1  # to be raised when the code changes what a plan gives: results of another version are not reused
 DEFAULT = ("absolute", "sine")
@@ -145,10 +145,6 @@ def run(
     finished.finish({**results, "kinds": report.gather(parts), "seconds": time.perf_counter() - start})
     print(f"\n{report.text(parts, data)}\n\nwritten: {path}, {plot}")
     return 0
-
-
-def name_of(kind: str, seed: int) -> str:
-    return f"{kind}, seed {seed}"
 
 
 def whole_plan(todo: Plan, machine: dict[str, Any]) -> dict[str, Any]:

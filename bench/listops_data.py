@@ -113,7 +113,7 @@ def make_splits(rules: Rules, counts: dict[str, int], seed: int = 0, workers: in
 
     The seed alone decides what they are. What comes first in `counts` keeps an expression that two splits have.
     """
-    from .spe_workers import each
+    from .workers import each
 
     calls = [
         (rules, f"{seed} {name}", number, min(SHARD, count - number * SHARD))

@@ -60,6 +60,11 @@ class Finished:
             self.parts = {**found["parts"], **self.parts}
 
 
+def name_of(kind: str, seed: int) -> str:
+    """Of the part that is one model."""
+    return f"{kind}, seed {seed}"
+
+
 def _replace(path: Path, content: Row) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

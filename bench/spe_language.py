@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 import posattn
 
 from .byte_model import ByteModel, Size
-from .corpus import Corpus, read_corpus
-from .resume import Finished
-from .spe_workers import each
+from .corpus import corpus
+from .resume import Finished, name_of
 from .train import LAST, Recipe, curve, evaluate, train
+from .workers import each
 
 VERSION = 1  # to be raised when the code changes what a plan gives: results of another version are not reused
 KINDS = {"none": "none", "absolute": "learned absolute", "sine": "SineSPE, gated", "conv": "ConvSPE, gated"}
@@ -80,11 +79,6 @@ def make_spe(kind: str, heads: int, head_dim: int, sizes: Any) -> nn.Module:
     if kind == "sine":
         return posattn.SineSPE(heads, head_dim, num_sines=sizes.sines, num_realizations=sizes.realizations)
     return posattn.ConvSPE(heads, head_dim, kernel_size=sizes.taps, num_realizations=sizes.realizations)
-
-
-@lru_cache(maxsize=1)
-def corpus() -> Corpus:
-    return read_corpus()
 
 
 def one_model(todo: Plan, kind: str, seed: int, device: str) -> dict[str, Any]:
@@ -150,10 +144,6 @@ def measure(
     finished.finish({"machine": machine, "quick": quick, **found, "seconds": time.perf_counter() - start})
     print(f"\n{report.language_text(found)}\n\nwritten: {path}, {plot}")
     return 0
-
-
-def name_of(kind: str, seed: int) -> str:
-    return f"{kind}, seed {seed}"
 
 
 def whole_plan(todo: Plan, machine: dict[str, Any]) -> dict[str, Any]:

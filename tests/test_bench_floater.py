@@ -13,6 +13,7 @@ from bench.__main__ import main
 from bench.contest import DIRECTIONS
 from bench.floater import without_output
 from bench.floater_contest import Bench, Limits
+from bench.floater_language_report import plane, plot_trajectories
 from bench.floater_peers import (
     A_LAYER,
     ADJOINT,
@@ -32,7 +33,7 @@ from bench.floater_peers import (
     samples,
 )
 from bench.floater_published import PublishedDynamics, one_by_one, times_of
-from bench.floater_report import cell_text, plane, plot_trajectories
+from bench.floater_report import cell_text
 from bench.floater_targets import of_step, targets, verdict
 from bench.measure import Patience
 
@@ -289,5 +290,5 @@ def test_plane_and_trajectories(tmp_path):
     assert sum(share) == pytest.approx(1, abs=1e-5)
     apart = torch.pdist(points[0])
     torch.testing.assert_close(apart, torch.pdist(vectors[0].double()), rtol=1e-4, atol=1e-5)
-    plot_trajectories(torch.stack([vectors] * 3), tmp_path / "plot.png", trained=20)
+    plot_trajectories(torch.stack([vectors] * 3), tmp_path / "plot.png", "a label", trained=20)
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -16,8 +16,8 @@ from bench.spe_language import KINDS
 from bench.spe_published import features, kernels_of
 from bench.spe_report import gather_language, language_text, speed_rows, speed_text
 from bench.spe_speed import OF_KIND, Bench, Place, agreement, make_peer, make_spe, make_tensors, places, run
-from bench.spe_workers import each
 from bench.train import Recipe
+from bench.workers import each
 
 TINY = [Place(kind, 2, 8, n, realizations=8, sines=2, taps=4) for n in (32, 64) for kind in ("sine", "conv")]
 MODEL = Size(width=16, depth=2, num_heads=2, max_length=512)

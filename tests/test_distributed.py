@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import multiprocessing
-import os
-import sys
-import traceback
 
-import pytest
 import torch
 import torch.distributed as dist
+from two_processes import WORLD, gloo, pass_in_both, run_checks
 
 import posattn
 
-WORLD = 2
 DIM, HEADS = 16, 4
 BIASES = {
     "tisa": posattn.TISA,
@@ -24,9 +19,7 @@ BIASES = {
     "t5": posattn.T5Bias,
 }
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
-)
+pytestmark = gloo
 
 
 class Block(torch.nn.Module):
@@ -93,43 +86,8 @@ def fsdp(name: str, rank: int) -> None:
 
 
 def worker(rank: int, store: str, failures: multiprocessing.Queue) -> None:
-    """All checks in one pair of processes: starting them takes longer than running them."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=20),
-    )
-    for check in (ddp, fsdp):
-        for name in BIASES:
-            try:
-                check(name, rank)
-            except Exception:
-                failures.put(f"rank {rank}, {check.__name__} of {name}:\n{traceback.format_exc()}")
-    dist.destroy_process_group()
+    run_checks([(check, (name,)) for check in (ddp, fsdp) for name in BIASES], rank, store, failures)
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    failures = context.Queue()
-    # A file, not a port: a port that is free now may be taken when the processes bind it.
-    arguments = (str(tmp_path / "store"), failures)
-    processes = [
-        context.Process(target=worker, args=(rank, *arguments), daemon=True) for rank in range(WORLD)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(timeout=60)
-        messages = []
-        while not failures.empty():
-            messages.append(failures.get())
-        assert not messages, "\n".join(messages)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    pass_in_both(worker, tmp_path, seconds=60)

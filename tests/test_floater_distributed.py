@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import multiprocessing
-import os
-import sys
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
 from floater_cases import Tanh
 from torch import nn
+from two_processes import gloo, pass_in_both, run_checks
 
 from posattn import FLOATER, MLPDynamics
 
-WORLD = 2
 DIM, HEADS, LAYERS = 12, 3, 2
 KINDS = ["checkpoint", "direct", "adjoint"]
-gloo = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
-)
 
 
 class Model(nn.Module):
@@ -86,53 +78,14 @@ def check(gradient: str, dynamics: str, rank: int) -> None:
 
 
 def worker(rank: int, store: str, failures: multiprocessing.Queue) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=20),
-    )
-    for gradient, dynamics in [
-        ("checkpoint", "published"),
-        ("checkpoint", "tanh"),
-        ("direct", "tanh"),
-        ("adjoint", "tanh"),
-    ]:
-        try:
-            check(gradient, dynamics, rank)
-        except Exception:
-            failures.put(f"rank {rank}, {gradient}, {dynamics}:\n{traceback.format_exc()}")
-    dist.destroy_process_group()
+    kinds = [("checkpoint", "published"), ("checkpoint", "tanh"), ("direct", "tanh"), ("adjoint", "tanh")]
+    run_checks([(check, kind) for kind in kinds], rank, store, failures)
 
 
 @gloo
 def test_two_processes_give_what_one_gives(tmp_path):
     """DDP's own default, no find_unused_parameters: every parameter has its gradient on every step."""
-    context = multiprocessing.get_context("spawn")
-    failures = context.Queue()
-    arguments = (
-        str(tmp_path / "store"),
-        failures,
-    )  # a file: a free port may be taken by the time it is bound
-    processes = [
-        context.Process(target=worker, args=(rank, *arguments), daemon=True) for rank in range(WORLD)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(timeout=100)
-        messages = []
-        while not failures.empty():
-            messages.append(failures.get())
-        assert not messages, "\n".join(messages)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    pass_in_both(worker, tmp_path, seconds=100)
 
 
 # -------------------------------------------------------------------------------------------------------- compile

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import check_streams
 from .encoder import FLOATER
 from .frames import Stack
 from .hooks import Closes, Opens, Remade
@@ -141,7 +142,7 @@ def attach(
         >>> attachment.encoders["layers"].initial.shape  # streams, layers, width
         torch.Size([3, 2, 32])
     """
-    streams = _check_streams(streams)
+    streams = check_streams(streams, STREAMS)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, (Attachment, PositionedMultiheadAttention)) for module in model.modules()):
@@ -223,11 +224,3 @@ def _watch(stack: Stack, model: nn.Module, owner: str, stacks: dict[str, list[At
             handles.append(module.register_forward_pre_hook(opens, with_kwargs=True))
             handles.append(module.register_forward_hook(Closes(stack), always_call=True))
     return handles
-
-
-def _check_streams(streams: Any) -> tuple[str, ...]:
-    if isinstance(streams, str) or not isinstance(streams, Sequence):
-        raise TypeError(f"streams must be a sequence of names out of {STREAMS}, got {streams!r}")
-    if not streams or any(name not in STREAMS for name in streams) or len(set(streams)) < len(streams):
-        raise ValueError(f"streams must be one or more of {STREAMS}, each once, got {streams!r}")
-    return tuple(streams)

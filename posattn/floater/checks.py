@@ -21,11 +21,15 @@ def check_number(name: str, number: float, zero: bool = False) -> float:
     return float(number)
 
 
-def check_streams(streams: Any) -> tuple[str, ...]:
+def check_streams(streams: Any, accepted: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Names, each once; any, or out of `accepted`."""
     if isinstance(streams, str) or not isinstance(streams, Sequence):
-        raise TypeError(f'streams must be a sequence of names such as ("query", "key", "value"), got {streams!r}')
-    if not streams or not all(isinstance(name, str) for name in streams) or len(set(streams)) < len(streams):
-        raise ValueError(f"streams must be one or more different names, got {streams!r}")
+        kind = f"out of {accepted}" if accepted else 'such as ("query", "key", "value")'
+        raise TypeError(f"streams must be a sequence of names {kind}, got {streams!r}")
+    known = all(isinstance(name, str) and (accepted is None or name in accepted) for name in streams)
+    if not streams or not known or len(set(streams)) < len(streams):
+        kind = f"of {accepted}, each once" if accepted else "different names"
+        raise ValueError(f"streams must be one or more {kind}, got {streams!r}")
     return tuple(streams)
 
 

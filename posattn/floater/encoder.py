@@ -206,15 +206,17 @@ class FLOATER(nn.Module):
             self.clear()
         return super().train(mode)
 
+    def _plan(self) -> Plan:
+        step = self.delta_t if self.step_size is None else self.step_size
+        return Plan(self.method, self.rtol, self.atol, step, self.max_steps, self.delta_t, self.streams)
+
     def _state(self) -> tuple[Plan, Tensor, Dynamics]:
         """How to solve, p(0) and the dynamics, in the dtype of the solve."""
         dtype = torch.promote_types(self.initial.dtype, torch.float32)
         adaptive, smallest = METHODS[self.method].adaptive, torch.finfo(dtype).eps
         if adaptive and self.rtol < smallest:
             raise ValueError(f"rtol must be at least {smallest:.2g}, what {dtype} resolves, got {self.rtol:g}")
-        step = self.delta_t if self.step_size is None else self.step_size
-        plan = Plan(self.method, self.rtol, self.atol, step, self.max_steps, self.delta_t, self.streams)
-        return plan, self.initial.to(dtype), Dynamics.of(self.dynamics, dtype)
+        return self._plan(), self.initial.to(dtype), Dynamics.of(self.dynamics, dtype)
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self.initial
@@ -222,9 +224,8 @@ class FLOATER(nn.Module):
         yield from self.dynamics.buffers()
 
     def _key(self) -> Key:
-        settings = (self.method, self.rtol, self.atol, self.step_size, self.max_steps, self.delta_t, self.streams)
         modes = tuple(module.training for module in self.dynamics.modules())
-        return key_of(self._tensors(), self.dynamics, modes, *settings)
+        return key_of(self._tensors(), self.dynamics, modes, self._plan())
 
     def _made(self, how: Callable[[FLOATER, Any], Tensor], what: Any) -> Tensor:
         """how(self, what), outside of graphs that are being compiled: the number of steps depends on the numbers."""
@@ -249,7 +250,7 @@ class FLOATER(nn.Module):
         return self._table.vectors(length, self._key(), self._path, self._reach, self.initial.dtype)
 
     def _anywhere(self, positions: Tensor) -> Tensor:
-        if positions.is_meta or not positions.numel() or self.initial.is_meta:
+        if not positions.numel() or self.initial.is_meta:
             return self._blank(*positions.shape)
         times, place = torch.unique(check_positions(positions), return_inverse=True)
         times = times * self.delta_t

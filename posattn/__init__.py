@@ -10,6 +10,7 @@ from .ops import CHECKPOINT_OPS
 from .reference import attention_reference
 from .spe import ConvSPE, SineSPE
 from .spe_codes import Codes
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -34,5 +35,6 @@ __all__ = [
     "SineSPE",
     "attention",
     "attention_reference",
+    "attention_varlen",
     "linear_attention",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import linear_checks as checks
-from .attention import _autocast, readable
+from .attention import autocast, readable
 from .biases.bias import full_precision, no_autocast
 from .checks import check_key_padding_mask, check_tensor
 from .feature_maps import FAVOR_FEATURES, Favor, favor_exponents, favor_features
@@ -101,7 +101,7 @@ def linear_attention(
     check_tensor("query", query)
     check_tensor("key", key)
     check_tensor("value", value)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     checks.check_together(query, key, value)
     checks.check_rule(query, key, is_causal, return_state)
     check_key_padding_mask(key_padding_mask, query, key)

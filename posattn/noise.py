@@ -31,9 +31,11 @@ class Noise(NamedTuple):
 
 
 def philox(
-    seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+    seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words of each counter, as int64; the counters (int64, 0 to 2^32 - 1) broadcast.
+
+    A seed that is a tensor, int64 (), need not be known to the host.
 
     >>> zero = torch.zeros(1, dtype=torch.int64)
     >>> [f"{int(word):08x}" for word in philox(0, zero, zero, zero, zero)]
@@ -51,7 +53,7 @@ def philox(
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def _word(product: Tensor, other: Tensor, key: int) -> Tensor:
+def _word(product: Tensor, other: Tensor, key: int | Tensor) -> Tensor:
     """The upper half of the product, xor the other word, xor the key."""
     upper = product >> 32
     small = other ^ key if other.numel() < upper.numel() else other

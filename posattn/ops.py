@@ -10,19 +10,36 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .biases.bias import Scaled
+from .dropout import Dropout
+
+
+class Sequences(NamedTuple):
+    """How the rows and keys of all batch entries are cut into sequences: see `attend_forward`."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+# What few calls have: both operators take these by name.
+_OPTIONS = (
+    "*, Tensor? relative=None, Tensor? sinks=None, Tensor? cu_q=None, Tensor? cu_k=None, SymInt max_q=0,"
+    " SymInt max_k=0, float dropout_p=0.0, Tensor? seed=None"
+)
 
 torch.library.define(
     "posattn::attend_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? support, Tensor? slopes,"
     " Tensor? line, Tensor? rows, Tensor? knots, Tensor? pieces, Tensor? key_mask,"
-    " float scale, float softcap, SymInt shift, SymInt left, SymInt right, bool symmetric, str backend)"
-    " -> (Tensor out, Tensor lse)",
+    " float scale, float softcap, SymInt shift, SymInt left, SymInt right, bool symmetric, str backend,"
+    f" {_OPTIONS}) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -31,8 +48,9 @@ torch.library.define(
     " Tensor? table, Tensor? support, Tensor? slopes,"
     " Tensor? line, Tensor? rows, Tensor? knots, Tensor? pieces, Tensor? key_mask,"
     " float scale, float softcap, SymInt shift, SymInt left, SymInt right, bool symmetric,"
-    " bool tails_need_grad, bool need_q, bool need_kv, bool need_table, bool deterministic, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, Tensor dline, Tensor drows, Tensor dpieces)",
+    " bool tails_need_grad, bool need_q, bool need_kv, bool need_table, bool deterministic, str backend,"
+    f" {_OPTIONS}, bool need_sinks=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, Tensor dline,"
+    " Tensor drows, Tensor dpieces, Tensor drelative, Tensor dsinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -57,6 +75,15 @@ def _forward(
     right: int,
     symmetric: bool,
     backend: str,
+    *,
+    relative: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its natural logsumexp.
 
@@ -66,10 +93,18 @@ def _forward(
     the offset j - i + shift from query i; left, right = -1 are open; softcap = 0.0 is none. out has the strides of
     empty_like(q) when Dv = D and is contiguous otherwise; lse (B, Hq, Lq) is contiguous and of the
     table's dtype.
+
+    relative (B, Hq, Lq, W) adds relative[b, h, i, -o] at the offsets -W < o <= 0. sinks (Hq,), of the table's dtype,
+    are one more logit of each row, without a value. cu_q and cu_k, int32 (S + 1,), cut the rows and the keys of all
+    batch entries, one entry after the other, into sequences that see nothing of each other; cu_k is None where it is
+    cu_q. Query i of a sequence then stands at i + its number of keys - its number of queries, key j at j; shift is
+    0, table and line (max_q + max_k - 1) begin at the offset 1 - max_k, and rows (max_q + max_k) at the position
+    -max_q. With dropout_p, each pair's probability is dropped or divided by 1 - dropout_p, by seed, int64 (4,)
+    (see dropout.py).
     """
     if q.numel() == 0 or k.numel() == 0:  # no kernel needs to know of grids without programs
         out, lse = _empty_outputs(q, v)
-        return out.zero_(), lse.fill_(-math.inf)
+        return out.zero_(), _lse_of_nothing(lse, sinks)
     with _no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor] = _module(backend).forward(
             q,
@@ -86,6 +121,7 @@ def _forward(
             left=left,
             right=right,
             symmetric=symmetric,
+            **_options(relative, sinks, cu_q, cu_k, max_q, max_k, dropout_p, seed),
         )
     return outputs
 
@@ -119,16 +155,31 @@ def _backward(
     need_table: bool,
     deterministic: bool,
     backend: str,
+    *,
+    relative: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    need_sinks: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, table, line, rows and pieces, each like its tensor; shape (0,) for what is not needed.
+    """Gradients of q, k, v, table, line, rows, pieces, relative and sinks, each like its tensor, or of shape (0,).
 
-    need_table asks for those of the bias, whichever form it has. A backend gives the last three with `scaled` only.
+    need_table asks for those of the bias, whichever form it has. A backend gives those of line, rows and pieces with
+    `scaled` only, that of relative after all others with `relative` only, and never that of sinks.
     """
-    bias = (table, line, rows, pieces)
+    bias = (table, line, rows, pieces, relative)
     if q.numel() == 0 or k.numel() == 0:
-        return tuple(grad.zero_() for grad in _empty_gradients(q, k, v, bias, need_q, need_kv, need_table))
+        empty = _empty_gradients(q, k, v, bias, sinks, need_q, need_kv, need_table, need_sinks)
+        grads = [grad.zero_() for grad in empty]
+        if need_sinks and sinks is not None:
+            grads[-1] = _sinks_gradient(grad_out, grad_lse, out, lse, sinks)
+        return tuple(grads)
     with _no_autocast(q.device.type):
-        gradients: tuple[Tensor, ...] = _module(backend).backward(
+        gradients: Any = _module(backend).backward(
             grad_out,
             grad_lse,
             q,
@@ -152,25 +203,36 @@ def _backward(
             need_kv=need_kv,
             need_table=need_table,
             deterministic=deterministic,
+            **_options(relative, sinks, cu_q, cu_k, max_q, max_k, dropout_p, seed),
         )
+    if relative is not None:
+        *gradients, drelative = gradients
+    else:
+        drelative = None
     # Outputs of an operator may not alias, and a backend may give one empty tensor for all that is not needed.
     needed = (need_q, need_kv, need_kv, *(need_table and part is not None for part in bias))
-    gradients += (q,) * (len(needed) - len(gradients))
-    return tuple(grad if need else q.new_empty(0) for grad, need in zip(gradients, needed))
+    made = [*gradients, *(q,) * (len(needed) - 1 - len(gradients)), drelative]
+    dsinks = q.new_empty(0)
+    if need_sinks and sinks is not None:
+        dsinks = _sinks_gradient(grad_out, grad_lse, out, lse, sinks)
+    kept = [grad if need and grad is not None else q.new_empty(0) for grad, need in zip(made, needed)]
+    return *kept, dsinks
 
 
 @torch.library.register_fake("posattn::attend_forward")  # type: ignore[untyped-decorator]
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q, v)
 
 
 @torch.library.register_fake("posattn::attend_backward")  # type: ignore[untyped-decorator]
 def _(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any
 ) -> tuple[Tensor, ...]:
     table, _, _, line, rows, _, pieces = rest[2:9]
+    bias = (table, line, rows, pieces, options.get("relative"))
     need_q, need_kv, need_table = rest[17:20]
-    return _empty_gradients(q, k, v, (table, line, rows, pieces), need_q, need_kv, need_table)
+    needs = need_q, need_kv, need_table, options.get("need_sinks", False)
+    return _empty_gradients(q, k, v, bias, options.get("sinks"), *needs)
 
 
 def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,12 +247,55 @@ def _empty_gradients(
     k: Tensor,
     v: Tensor,
     bias: tuple[Tensor | None, ...],
+    sinks: Tensor | None,
     need_q: bool,
     need_kv: bool,
     need_bias: bool,
+    need_sinks: bool,
 ) -> tuple[Tensor, ...]:
-    wanted = (q, need_q), (k, need_kv), (v, need_kv), *((part, need_bias) for part in bias)
+    parts = *((part, need_bias) for part in bias), (sinks, need_sinks)
+    wanted = (q, need_q), (k, need_kv), (v, need_kv), *parts
     return tuple(torch.empty_like(t) if t is not None and need else q.new_empty(0) for t, need in wanted)
+
+
+def _lse_of_nothing(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    lse.fill_(-math.inf)
+    return lse if sinks is None else lse.copy_(sinks[:, None].expand_as(lse))
+
+
+def _sinks_gradient(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor
+) -> Tensor:
+    """A sink is a key of value 0: its probability is exp(sink - lse), and what flows to it -delta of the row."""
+    flow = -torch.linalg.vecdot(grad_out.to(lse.dtype), out.to(lse.dtype))
+    if grad_lse is not None:
+        flow = flow + grad_lse
+    weight = torch.exp(sinks[:, None] - lse).nan_to_num(0.0)  # lse is at least the sink; NaN where both are -inf
+    dsinks: Tensor = (flow * weight).sum((0, 2))
+    return dsinks
+
+
+def _options(
+    relative: Tensor | None,
+    sinks: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> dict[str, Any]:
+    """Those that are there, as a backend takes them."""
+    options: dict[str, Any] = {}
+    if relative is not None:
+        options["relative"] = relative
+    if sinks is not None:
+        options["sinks"] = sinks
+    if cu_q is not None:
+        options["sequences"] = Sequences(cu_q, cu_q if cu_k is None else cu_k, max_q, max_k)
+    if seed is not None:
+        options["dropout"] = Dropout(dropout_p, seed)
+    return options
 
 
 def _scaled(
@@ -226,7 +331,10 @@ CHECKPOINT_OPS = [attend_forward]
 
 
 class Attend(torch.autograd.Function):
-    """attend_forward, differentiable once by q, k, v, table, line, rows and pieces, in out and in lse."""
+    """attend_forward, differentiable once by q, k, v and every part of a bias, in out and in lse.
+
+    Its arguments are those of attend_forward, in an order of its own, and tails_need_grad.
+    """
 
     @staticmethod
     def forward(
@@ -241,7 +349,15 @@ class Attend(torch.autograd.Function):
         rows: Tensor | None,
         knots: Tensor | None,
         pieces: Tensor | None,
+        relative: Tensor | None,
+        sinks: Tensor | None,
         key_mask: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        max_q: int,
+        max_k: int,
+        dropout_p: float,
+        seed: Tensor | None,
         scale: float,
         softcap: float,
         shift: int,
@@ -253,10 +369,12 @@ class Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rule = (scale, softcap, shift, left, right, symmetric)
         bias = (table, support, slopes, line, rows, knots, pieces)
-        out, lse = attend_forward(q, k, v, *bias, key_mask, *rule, backend)
-        ctx.save_for_backward(q, k, v, out, lse, *bias, key_mask)
+        numbers = dict(max_q=max_q, max_k=max_k, dropout_p=dropout_p)
+        tensors = dict(relative=relative, sinks=sinks, cu_q=cu_q, cu_k=cu_k, seed=seed)
+        out, lse = attend_forward(q, k, v, *bias, key_mask, *rule, backend, **tensors, **numbers)
+        ctx.save_for_backward(q, k, v, out, lse, *bias, key_mask, relative, sinks, cu_q, cu_k, seed)
         ctx.rule = (*rule, tails_need_grad)
-        ctx.backend = backend
+        ctx.numbers, ctx.backend = numbers, backend
         # Determinism is decided where the user sees it; backward may run in another thread, much later.
         ctx.deterministic = torch.are_deterministic_algorithms_enabled()
         ctx.set_materialize_grads(False)
@@ -267,18 +385,21 @@ class Attend(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         if grad_out is None and grad_lse is None:
             return (None,) * len(wanted)
-        saved = ctx.saved_tensors
+        *saved, relative, sinks, cu_q, cu_k, seed = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
-        need_q, need_k, need_v, need_table, _, _, *need_scaled = wanted[:10]
-        need = (need_q, need_k or need_v, need_table or any(need_scaled))
+        need_q, need_k, need_v, need_table, _, _, *need_scaled, need_relative, need_sinks = wanted[:12]
+        need = (need_q, need_k or need_v, need_table or any(need_scaled) or need_relative)
         # Grad mode is on only under create_graph=True. AOTAutograd, which traces this, has its own refusal.
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = partial(_RefuseSecond.apply, attend_backward) if recorded else attend_backward
+        tensors = dict(relative=relative, sinks=sinks, cu_q=cu_q, cu_k=cu_k, seed=seed)
+        backward = partial(attend_backward, **tensors, **ctx.numbers, need_sinks=need_sinks)
+        if recorded:
+            backward = partial(_RefuseSecond.apply, backward)
         settings = (*ctx.rule, *need, ctx.deterministic, ctx.backend)
-        made = backward(grad_out, grad_lse, *saved, *settings)  # type: ignore[no-untyped-call]
-        dq, dk, dv, dtable, dline, drows, dpieces = made
-        gradients = [dq, dk, dv, dtable, None, None, dline, drows, None, dpieces]
+        made = backward(grad_out, grad_lse, *saved, *settings)
+        dq, dk, dv, dtable, dline, drows, dpieces, drelative, dsinks = made
+        gradients = [dq, dk, dv, dtable, None, None, dline, drows, None, dpieces, drelative, dsinks]
         gradients += [None] * (len(wanted) - len(gradients))
         return tuple(grad if want else None for grad, want in zip(gradients, wanted))
 

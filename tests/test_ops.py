@@ -64,10 +64,10 @@ def test_opcheck(backend, kind, need):
     arguments = (*grads, *saved, *arguments[11:17], False, *need, True, backend)
     torch.library.opcheck(ops.attend_backward, arguments)
     wanted = (query, need[0]), (key, need[1]), (value, need[1]), (table, need[2])
-    *grads, dline, drows, dpieces = ops.attend_backward(*arguments)
+    *grads, dline, drows, dpieces, drelative, dsinks = ops.attend_backward(*arguments)
     for grad, (like, needed) in zip(grads, wanted):
         assert grad.shape == (like.shape if needed else (0,))
-    assert dline.shape == drows.shape == dpieces.shape == (0,)
+    assert dline.shape == drows.shape == dpieces.shape == drelative.shape == dsinks.shape == (0,)
 
 
 def test_checkpoint_ops_names_the_forward_operators():
@@ -86,9 +86,9 @@ def operator_calls(monkeypatch):
     names = [argument.name for argument in ops.attend_backward._schema.arguments]
     calls, backward = [], ops.attend_backward
 
-    def spy(*args):
+    def spy(*args, **options):
         calls.append(dict(zip(names, args)))
-        return backward(*args)
+        return backward(*args, **options)
 
     monkeypatch.setattr(ops, "attend_backward", spy)
     return calls

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gate, gate_mixing, gate_numerics, gate_spe
+from bench import gate, gate_features, gate_mixing, gate_numerics, gate_spe
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
 SMALLEST = gate_numerics.Case(torch.float32, 16, "T5", "more queries than keys, causal")
@@ -33,6 +33,9 @@ def test_rehearsal_passes(tmp_path, capsys):
     assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
     assert all(row["relative"] for row in rows)
     assert len(report["spe"]["rows"]) == len(list(gate_spe.rehearsal()))
+    rows = report["features"]["rows"]
+    assert len(rows) == len(list(gate_features.rehearsal()))
+    assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
     assert not report["failures"]
 
 
@@ -42,6 +45,23 @@ def test_the_budget_stops_it(capsys):
     assert "not reached in the budget, numerics" in printed
     assert "not reached in the budget, mixing" in printed
     assert "not reached in the budget, spe" in printed
+
+
+@pytest.mark.parametrize("output", ["lse", "dk", "dsinks", "drelative"])
+def test_a_wrong_result_of_an_option_fails(monkeypatch, output):
+    *_, case = gate_features.rehearsal()
+    attend = gate_features.posattn.attention
+
+    def blockwise(*args, **options):
+        return attend(*args, **{**options, "backend": "blockwise"})
+
+    monkeypatch.setattr(gate_features.posattn, "attention", blockwise)
+    assert gate_features.check(case, torch.device("cpu"), rehearse=True)["failed"] == []
+    right = gate_features.attend
+    monkeypatch.setattr(
+        gate_features, "attend", lambda problem: (f := right(problem)) | {output: f[output] * (1 + 1e-3)}
+    )
+    assert gate_features.check(case, torch.device("cpu"), rehearse=True)["failed"] == [output]
 
 
 @pytest.mark.parametrize("output", ["lse", "dq", "dv", "dparameter0"])
@@ -109,9 +129,13 @@ def test_the_report_of_a_gpu_run(monkeypatch, tmp_path, capsys):
     rows = {key[2:] for key in configs.CONFIGS if key[0] == "sm_90"}
     sizes = [gate.bits_and_width(case) for case in ran if hasattr(case, "head_dim")]
     assert set(sizes) == set(sizes[:14]) == rows
-    # DAPE, SPE and FLOATER stand between the first cases and the mixed ones; nothing else has moved.
+    # Options, DAPE, SPE and FLOATER stand between the first cases and the mixed ones; nothing else has moved.
     mixing = [case for case in ran if isinstance(case, gate_mixing.Case)]
-    assert ran.index(mixing[0]) == len(gate.served(list(gate_numerics.first_cases()), torch.device("cpu"))) == 14
+    first, features = (
+        gate.served(list(made()), torch.device("cpu")) for made in (gate_numerics.first_cases, gate_features.cases)
+    )
+    assert ran[14 : 14 + len(features)] == features
+    assert ran.index(mixing[0]) == len(first) + len(features) == 14 + len(features)
     others = [case for case in ran if isinstance(case, gate_numerics.Case)]
     assert others == gate.served(list(gate_numerics.cases()), torch.device("cpu"))
     report = json.loads(path.read_text("utf-8"))

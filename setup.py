@@ -35,7 +35,15 @@ setup(
     keywords=["attention", "positional encoding", "TISA", "ALiBi", "T5", "KERPLE", "Triton", "PyTorch"],
     # posattn/kernels is a link to ../kernels, which has no __init__.py on purpose: with one, the folder would
     # hide the distribution named `kernels` from everything that runs in the project's root, builds included.
-    packages=["posattn", "posattn.biases", "posattn.floater", "posattn.kernels"],
+    packages=[
+        "posattn",
+        "posattn.biases",
+        "posattn.distributed",
+        "posattn.floater",
+        "posattn.integrations",
+        "posattn.integrations.transformers",
+        "posattn.kernels",
+    ],
     package_data={"posattn": ["py.typed"]},
     python_requires=">=3.10,<3.14",
     # No upper bounds: torch pins its own Triton, so a fresh install always gets a pair that belongs together.
@@ -46,7 +54,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
-        "transformers": ["transformers>=5.17"],
+        "transformers": ["transformers>=4.57"],
         "bench": ["matplotlib>=3.8", "rich>=13"],
         "test": [
             "hypothesis>=6.100",

@@ -11,6 +11,7 @@ python -m bench dape         time and memory of DAPE and FIRE beside the same fo
 python -m bench spe          SineSPE and ConvSPE with linear attention: time, memory, error, a language model
 python -m bench floater      FLOATER: the cost of position vectors from a neural ODE, a language model
 python -m bench listops      ListOps with linear attention: learned absolute positions against SineSPE
+python -m bench ring         a sequence over several processes: equality, traffic, balance
 python -m bench gate         the kernels against float64
 python -m bench kernels      what the kernels compile to, without a GPU
 """
@@ -55,6 +56,10 @@ def main(argv: list[str]) -> int:
         from .listops import main as listops
 
         return listops(argv[1:])
+    if argv[:1] == ["ring"]:
+        from .ring import main as ring
+
+        return ring(argv[1:])
 
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

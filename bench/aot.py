@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,13 @@ RULES: dict[str, dict[str, bool]] = {
     "Scaled+gradient+softcap": {"scaled": True, "gradient": True, "softcap": True},
     "Toeplitz+span+softcap": {"table": True, "support": True, "softcap": True},
     "Gradient+span+tails+softcap": {"table": True, "support": True, "gradient": True, "tails": True, "softcap": True},
+    "Relative": {"relative": True},
+    "Relative+gradient": {"relative": True, "gradient": True},
+    "Plain+dropout": {"dropout": True},
+    "Toeplitz+dropout": {"table": True, "dropout": True},
+    "Toeplitz+sequences": {"table": True, "sequences": True},
+    "Gradient+dropout": {"table": True, "dropout": True, "gradient": True},
+    "Gradient+sequences": {"table": True, "sequences": True, "gradient": True},
 }
 TOEPLITZ = ("Toeplitz", "Toeplitz+span")
 GRADIENT = ("Gradient", "Gradient+span", "Gradient+span+tails")
@@ -81,7 +89,13 @@ HEAVIEST = {
     "diagonals": ("Scaled", "Toeplitz+span"),
 }
 SOFTCAP = {direction: f"{rules[-1]}+softcap" for direction, rules in DIRECTIONS.items()}
-BATCH, HEADS, LENGTH, KNOTS = 2, 16, 4096, 32
+# What only sm_90 in 16 bits compiles by default, for head dims up to 128: other calls of the same kernels.
+CALLS = {
+    "forward": ("Relative", "Plain+dropout", "Toeplitz+sequences"),
+    "rows": ("Relative+gradient", "Toeplitz+dropout", "Gradient+sequences"),
+    "cols": ("Relative", "Toeplitz+dropout", "Toeplitz+sequences"),
+}
+BATCH, HEADS, LENGTH, KNOTS, WIDTH, SEQUENCES = 2, 16, 4096, 32, 256, 40
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
 
@@ -108,12 +122,19 @@ def launch_arguments(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    sequences = dropout = None
+    if "sequences" in want:
+        cu_q, cu_k = (empty(SEQUENCES + 1, dtype=torch.int32) for _ in range(2))
+        sequences = SimpleNamespace(cu_q=cu_q, cu_k=cu_k, max_q=LENGTH, max_k=LENGTH)
+    if "dropout" in want:
+        dropout = SimpleNamespace(p=0.1, seed=empty(4, dtype=torch.int64))
     q, k, v, out = (empty(BATCH, HEADS, LENGTH, width, dtype=DTYPES[bits]) for _ in range(4))
     problem = dict(
         table=empty(HEADS, 2 * LENGTH - 1) if "table" in want else None,
         support=empty(2, HEADS, dtype=torch.int32) if "support" in want else None,
         slopes=empty(HEADS) if "slopes" in want else None,
-        scaled=None,
+        scaled=None, sequences=sequences, dropout=dropout,
+        relative=empty(BATCH, HEADS, LENGTH, WIDTH, dtype=DTYPES[bits]) if "relative" in want else None,
         key_mask=None, scale=width**-0.5, softcap=20.0 if "softcap" in want else 0.0, shift=0, left=-1,
         right=0 if "past_only" in want else -1, symmetric=True,
     )  # fmt: skip

@@ -34,15 +34,18 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
     from posattn.kernels.configs import CONFIGS
 
     from . import aot_mixing, aot_spe
-    from .aot import DIRECTIONS, HEAVIEST, SOFTCAP
+    from .aot import CALLS, DIRECTIONS, HEAVIEST, SOFTCAP
 
     made: list[tuple[Any, ...]] = []
     for chip, direction, bits, width in CONFIGS:
         rules = DIRECTIONS[direction]
+        calls = CALLS.get(direction, ())
         if everything:
-            rules += (SOFTCAP[direction],)
+            rules += (SOFTCAP[direction], *calls)
         elif (chip, bits) != ("sm_90", 16):
             rules = HEAVIEST[direction]
+        elif width <= 128:
+            rules += calls
         if chips is None or chip in chips:
             made += [(chip, direction, bits, width, rule) for rule in rules]
     return made + aot_mixing.jobs(chips, everything) + aot_spe.jobs(chips, everything)

@@ -9,50 +9,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import choose, draw, load_words, stays
+from .sequences import keys_of_program
 from .tile import HIDDEN, capped, load_rows, store_rows
 
 
-@triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap"])
+@triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap", "count", "threshold", "kept"])
 def attend_backward_cols(
-    Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, PAD, rule, scale, scale2, softcap, Lq, Lk, low, high, H, GROUP,
+    Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, PAD, CU_Q, CU_K, count, SEED, WORDS, threshold, kept, rule, scale,
+    scale2, softcap, Lq, Lk, low, high, H, GROUP,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l, p_b,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # First keys first: under a causal mask they are seen by the most queries.
-    blocks = tl.cdiv(Lk, BLOCK_N)
-    pid = tl.program_id(0)
-    n0 = pid % blocks * BLOCK_N
-    heads = H // GROUP
-    kv = pid // blocks % heads
-    b = (pid // blocks // heads).to(tl.int64)
+    n0, kv, b, q0, k0, lq, lk, d = keys_of_program(CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_N)
+    if CU_Q is not None:  # noqa: SIM102 - known when compiled; the other only when run
+        if n0 >= lk:
+            return
     j = n0 + tl.arange(0, BLOCK_N)
-    k = load_rows(K + b * k_b + kv.to(tl.int64) * k_h, n0, k_l, Lk, BLOCK_N, HEAD_DIM, D)
-    v = load_rows(V + b * v_b + kv.to(tl.int64) * v_h, n0, v_l, Lk, BLOCK_N, VALUE_DIM, DV)
+    k = load_rows(K + b * k_b + kv.to(tl.int64) * k_h + k0 * k_l, n0, k_l, lk, BLOCK_N, HEAD_DIM, D)
+    v = load_rows(V + b * v_b + kv.to(tl.int64) * v_h + k0 * v_l, n0, v_l, lk, BLOCK_N, VALUE_DIM, DV)
     if PAD is not None:
-        keep = tl.load(PAD + b * p_b + j, mask=j < Lk, other=0)
+        keep = tl.load(PAD + b * p_b + k0 + j, mask=j < lk, other=0)
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE_DIM], tl.float32)
-    # Query i sees key j where j - high <= i <= j - low.
-    start = tl.maximum(n0 - high, 0) // BLOCK_M * BLOCK_M
-    stop = tl.minimum(Lq, tl.minimum(n0 + BLOCK_N, Lk) - low)
+    # Query i sees key j where j - high <= i + d <= j - low.
+    start = tl.maximum(n0 - (high + d), 0) // BLOCK_M * BLOCK_M
+    stop = tl.minimum(lq, tl.minimum(n0 + BLOCK_N, lk) - (low + d))
     for member in tl.range(0, GROUP):
         h = kv * GROUP + member
-        q_base = Q + b * q_b + h.to(tl.int64) * q_h
-        do_base = DO + b * do_b + h.to(tl.int64) * do_h
-        row = (b * H + h) * Lq
-        S = rule.setup(rule, h)
+        q_base = Q + b * q_b + h.to(tl.int64) * q_h + q0 * q_l
+        do_base = DO + b * do_b + h.to(tl.int64) * do_h + q0 * do_l
+        row = (b * H + h) * Lq + q0
+        S = rule.setup(rule, b, h, q0 - d, lq + d)
         C = rule.cols(rule, h, j[:, None], n0, n0)
         for m0 in tl.range(start, stop, BLOCK_M):
             i = m0 + tl.arange(0, BLOCK_M)
-            q = load_rows(q_base, m0, q_l, Lq, BLOCK_M, HEAD_DIM, D)
-            do = load_rows(do_base, m0, do_l, Lq, BLOCK_M, VALUE_DIM, DV)
-            lse = tl.load(LSE2 + row + i, mask=i < Lq, other=-HIDDEN) - rule.row_term(rule, h, i, m0, n0)
-            delta = tl.load(DELTA + row + i, mask=i < Lq, other=0.0)
+            at = i + d
+            p0 = m0 + d
+            q = load_rows(q_base, m0, q_l, lq, BLOCK_M, HEAD_DIM, D)
+            do = load_rows(do_base, m0, do_l, lq, BLOCK_M, VALUE_DIM, DV)
+            lse = tl.load(LSE2 + row + i, mask=i < lq, other=-HIDDEN) - rule.row_term(rule, h, at, p0, n0)
+            delta = tl.load(DELTA + row + i, mask=i < lq, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            first = n0 - m0 - (BLOCK_M - 1)
-            last = n0 - m0 + (BLOCK_N - 1)
-            R = rule.rows(rule, h, i[None, :], m0, n0)
+            first = n0 - p0 - (BLOCK_M - 1)
+            last = n0 - p0 + (BLOCK_N - 1)
+            R = rule.rows(rule, h, at[None, :], p0, n0)
             if SOFTCAP:
                 t = capped(s, scale2)
                 s = rule.score(t, softcap, S, R, C, j[:, None], first, last, rule)
@@ -61,14 +63,24 @@ def attend_backward_cols(
             if PAD is not None:
                 s = tl.where(keep[:, None] != 0, s, HIDDEN)
             if (first < low) | (last > high):
-                x = j[:, None] - i[None, :]
+                x = j[:, None] - at[None, :]
                 s = tl.where((x >= low) & (x <= high), s, HIDDEN)
             p = tl.math.exp2(s - lse[None, :])
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            if SEED is None:
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            else:
+                w0, w1 = load_words(WORDS, row, i, lq)
+                x = draw(w0[None, :], w1[None, :], j[:, None])
+                dv = tl.dot(choose(p, 0.0, x, threshold).to(do.dtype), do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            ds = p * (dp - delta[None, :])
+            if SEED is None:
+                ds = p * (dp - delta[None, :])
+            else:
+                ds = p * tl.where(stays(x, threshold), dp * kept - delta[None, :], -delta[None, :])
             if SOFTCAP:
                 ds = ds * (1.0 - t * t)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    store_rows(DK + b * dk_b + kv.to(tl.int64) * dk_h, n0, dk_l, Lk, dk * scale, BLOCK_N, HEAD_DIM, D)
-    store_rows(DV_OUT + b * dv_b + kv.to(tl.int64) * dv_h, n0, dv_l, Lk, dv, BLOCK_N, VALUE_DIM, DV)
+    if SEED is not None:
+        dv = dv * kept
+    store_rows(DK + b * dk_b + kv.to(tl.int64) * dk_h + k0 * dk_l, n0, dk_l, lk, dk * scale, BLOCK_N, HEAD_DIM, D)
+    store_rows(DV_OUT + b * dv_b + kv.to(tl.int64) * dv_h + k0 * dv_l, n0, dv_l, lk, dv, BLOCK_N, VALUE_DIM, DV)

@@ -43,46 +43,57 @@ def slot_pointers(base, m0, n0, zero, M: tl.constexpr, N: tl.constexpr, SLOTS: t
 
 @triton.jit
 def add_diagonals(dl, rule, m0, n0, h, PRECISION: tl.constexpr):
-    """Add the diagonal sums of one tile of logit gradients to the head's block diagonals, by vector reductions."""
+    """Add the diagonal sums of one tile of logit gradients to the head's block diagonals, by vector reductions.
+
+    Where n0 - m0 need not be a multiple of 8, there are eight copies, `grad_copy` apart: copy r of the tiles that stand
+    r beyond one, so its entry for offset x - r belongs to x.
+    """
     M: tl.constexpr = dl.shape[0]
     N: tl.constexpr = dl.shape[1]
     SLOTS: tl.constexpr = 16 if M + N <= 136 else 32
     g = block_diagonals(dl, PRECISION)
-    pointers, used = slot_pointers(rule.grad + h.to(tl.int64) * rule.grad_stride, m0, n0, rule.grad_zero, M, N, SLOTS)
+    base = rule.grad + h.to(tl.int64) * rule.grad_stride
+    if rule.grad_copy is not None:
+        base += ((-m0) & 7).to(tl.int64) * rule.grad_copy
+    pointers, used = slot_pointers(base, m0, n0, rule.grad_zero, M, N, SLOTS)
     tl.atomic_add(pointers, g, mask=used, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["zero", "lowest", "length"])
 def fold_diagonals(
     BLOCKS, TABLE, blocks_stride, table_stride, copy_stride, zero, lowest, length,
-    COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    COPIES: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = lowest + t
     p = tl.arange(0, 8)
-    q = (p[None, :] + (x[:, None] & 7)) & 7
-    row = zero + ((x[:, None] + p[None, :] - q) >> 3)
-    pointers = BLOCKS + h * blocks_stride + row.to(tl.int64) * 64 + p[None, :] * 8 + q
     total = tl.zeros([BLOCK, 8], tl.float32)
     for copy in tl.static_range(COPIES):
+        x = lowest + t
+        if SHIFTED:
+            x -= copy
+        q = (p[None, :] + (x[:, None] & 7)) & 7
+        row = zero + ((x[:, None] + p[None, :] - q) >> 3)
+        pointers = BLOCKS + h * blocks_stride + row.to(tl.int64) * 64 + p[None, :] * 8 + q
         total += tl.load(pointers + copy * copy_stride, mask=(t < length)[:, None], other=0.0)
     tl.store(TABLE + h * table_stride + t, tl.sum(total, 1), mask=t < length)
 
 
-def room(queries: int, keys: int) -> tuple[int, int]:
-    """How many block diagonals the tiles of a [queries, keys] matrix touch, and which of them is b - a = 0.
+def room(behind: int, ahead: int, packed: bool) -> tuple[int, int]:
+    """How many block diagonals the tiles of offsets from 1 - behind to ahead - 1 touch, and which of them is b - a = 0.
 
-    One more than that: `fold` reads the block diagonal after the last, where nothing can stand.
+    One more than that: `fold` reads the block diagonal after the last, where nothing can stand. Tiles of packed
+    sequences need not begin at multiples of their size.
     """
-    zero = triton.cdiv(queries, 128) * 16
-    return zero + triton.cdiv(keys, 128) * 16 + 1, zero
+    over = 16 if packed else 0
+    zero = triton.cdiv(behind, 128) * 16 + over
+    return zero + triton.cdiv(ahead, 128) * 16 + over + 1, zero
 
 
-def fold(sums: Tensor, table: Tensor, zero: int, queries: int) -> None:
-    """table [H, Lq + Lk - 1] = for every j - i from 1 - Lq up, its sum over the copies, always in the same order."""
+def fold(sums: Tensor, table: Tensor, zero: int, behind: int, shifted: bool) -> None:
+    """table [H, behind + ahead - 1] = for every offset from 1 - behind up, its sum over the copies, in one order."""
     copies, heads = sums.shape[:2]
     fold_diagonals[(triton.cdiv(table.shape[1], 128), heads)](
-        sums, table, sums.stride(1), table.stride(0), sums.stride(0), zero, 1 - queries, table.shape[1],
-        COPIES=copies, BLOCK=128,
+        sums, table, sums.stride(1), table.stride(0), sums.stride(0), zero, 1 - behind, table.shape[1],
+        COPIES=copies, SHIFTED=shifted, BLOCK=128,
     )  # fmt: skip

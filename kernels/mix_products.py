@@ -146,7 +146,7 @@ def row_sums(
     out = load_rows(OUT + b * o_b + h * o_h, m, o_l, Lq, BLOCK_M, VALUE_DIM, DV).to(tl.float32)
     if REST is not None:
         out += load_rows(REST + b * o_b + h * o_h, m, o_l, Lq, BLOCK_M, VALUE_DIM, DV).to(tl.float32)
-    lse, delta = load_lse(LSE, DLSE, tl.sum(do * out, 1), bh, i, Lq)
+    lse, delta = load_lse(LSE, DLSE, tl.sum(do * out, 1), bh.to(tl.int64) * Lq, i, Lq)
     tl.store(LSE2 + bh.to(tl.int64) * Lq + i, lse, mask=i < Lq)
     tl.store(DELTA + bh.to(tl.int64) * Lq + i, delta, mask=i < Lq)
 

@@ -28,17 +28,17 @@ from .diagonals import add_diagonals
 from .knots import HINGE, STEP, over_knots
 from .rule import no_finish, no_row_term, no_start, no_table, nothing
 from .tile import LOG2E, load_scattered
-from .toeplitz import ROOM, pad_table
+from .toeplitz import ROOM, minus_rows, pad_table
 
 FAR = tl.constexpr(2.0e38)  # in base 2 still finite
 # Rows of a program of the backward by rows are at least these: it has its own place among the partial sums.
 LEAST_ROWS = tl.constexpr(32)
-# Factors are padded, and their gradients written, to a multiple of these.
+# Factors are padded to a multiple of these: a tile may reach over the last one.
 MOST_ROWS = 128
 
 
 @triton.jit
-def load_knots(rule, h):
+def load_knots(rule, b, h, row, end):
     pieces = rule.pieces + h.to(tl.int64) * (8 * rule.units)
     return (pieces, tl.load(pieces + 4 * tl.arange(0, rule.units) + 3))
 
@@ -46,7 +46,7 @@ def load_knots(rule, h):
 @triton.jit
 def line_and_factor(rule, h, i, m0, origin):
     rows: tl.constexpr = i.shape[0] * i.shape[1]
-    pointers = (rule.base + rule.zero) - i.to(tl.int64)
+    pointers = minus_rows(rule.base + rule.zero, i, m0, rule.split)
     least = tl.load(rule.factor + m0 + (rows - 1))
     return (pointers, load_scattered(rule.factor + i), least, tl.load(rule.factor + m0))
 
@@ -141,15 +141,15 @@ def function_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: 
 
 
 @triton.jit
-def sums_finish(T, S, R, rule, bh, m0):
+def sums_finish(T, S, R, rule, head, n, row, length):
     segment, by_row, by_row_line, dfactor, dintercept, dslope = T
     dfactor += tl.load(S[0] + 4 * segment) * by_row_line
     dintercept = enter(dintercept, segment, over_rows(by_row))
     dslope = enter(dslope, segment, over_rows(by_row_line * tl.sum(R[1], 1)))
-    tl.store(rule.dfactor + bh.to(tl.int64) * rule.factor_stride + m0 + tl.arange(0, dfactor.shape[0]), dfactor)
-    n = tl.arange(0, dslope.shape[0])
-    program = bh.to(tl.int64) * rule.programs_stride + m0 // LEAST_ROWS
-    pair = rule.dpieces + program * (4 * rule.units) + 2 * n
+    i = tl.arange(0, dfactor.shape[0])
+    tl.store(rule.dfactor + row + i, dfactor, mask=i < length)
+    program = head.to(tl.int64) * rule.programs_stride + n
+    pair = rule.dpieces + program * (4 * rule.units) + 2 * tl.arange(0, dslope.shape[0])
     tl.store(pair, dslope)
     tl.store(pair + 1, dintercept)
 
@@ -163,6 +163,7 @@ class Scaled(NamedTuple):
     pieces: Any
     now: Any
     units: Any
+    split: Any
     span: Any = None
     unscaled: Any = None
     setup: Any = load_knots
@@ -185,11 +186,12 @@ class ScaledGradient(NamedTuple):
     pieces: Any
     now: Any
     units: Any
+    split: Any
     grad: Any
     grad_stride: Any
     grad_zero: Any
+    grad_copy: Any
     dfactor: Any
-    factor_stride: Any
     dpieces: Any
     programs_stride: Any
     span: Any = None
@@ -220,34 +222,38 @@ def pack_pieces(KNOTS, PIECES, PACKED, F, SEGMENTS: tl.constexpr):
     tl.store(packed + 3, tl.minimum(tl.maximum(knot, -FAR), FAR) * LOG2E)
 
 
-def prepare(line: Tensor, rows: Tensor, knots: Tensor, pieces: Tensor, shift: int) -> Scaled:
-    """The rule of line [Lq + Lk - 1], rows [Lq], knots [F] and pieces [H, F + 1, 2], offsets being j - i + shift."""
-    queries, length, heads = len(rows), len(line), len(pieces)
-    zero = (queries - 1 + ROOM + 15) // 16 * 16
-    stride = (zero + length - queries + ROOM + 16) // 16 * 16
+def prepare(
+    line: Tensor, rows: Tensor, knots: Tensor, pieces: Tensor, behind: int, first: int, shift: int,
+    packed: bool,
+) -> Scaled:  # fmt: skip
+    """The rule of line [behind + ahead - 1] of j - i from 1 - behind up, rows [positions] of positions from `first` up,
+    knots [F] and pieces [H, F + 1, 2], offsets being j - i + shift.
+    """
+    length, heads = len(line), len(pieces)
+    zero = (behind - 1 + ROOM + 15) // 16 * 16
+    stride = (zero + length - behind + ROOM + 16) // 16 * 16
     units = max(16, triton.next_power_of_2(len(knots)))
     base = line.new_empty(stride, dtype=torch.float32)
-    packed = line.new_empty(heads, 2 * units, 4, dtype=torch.float32)
-    factor = torch.nn.functional.pad(rows[None], (0, -queries % MOST_ROWS), mode="replicate")[0]
+    joined = line.new_empty(heads, 2 * units, 4, dtype=torch.float32)
+    # Position 0 is aligned. Rows of packed sequences do not begin at multiples of a tile.
+    front = -first % 4
+    over = MOST_ROWS if packed else -len(rows) % MOST_ROWS
+    factor = torch.nn.functional.pad(rows[None], (front, over), mode="replicate")[0, front + first :]
     pad_table[(triton.cdiv(stride, 1024), 1)](
-        line, base, 0, line.stride(0), stride, length, zero, 1 - queries, BLOCK=1024
+        line, base, 0, line.stride(0), stride, length, zero, 1 - behind, BLOCK=1024
     )
-    pack_pieces[(heads,)](knots.contiguous(), pieces.contiguous(), packed, len(knots), SEGMENTS=2 * units)
-    return Scaled(base, zero, factor, packed, -shift, tl.constexpr(units))
+    pack_pieces[(heads,)](knots.contiguous(), pieces.contiguous(), joined, len(knots), SEGMENTS=2 * units)
+    return Scaled(base, zero, factor, joined, -shift, tl.constexpr(units), 1 if packed else None)
 
 
-def room_for_sums(rule: Scaled, batch: int, heads: int, queries: int) -> tuple[Tensor, Tensor]:
-    """Where programs leave their sums: [B, H, rows, padded] of factor; [B, H, programs, segments, 2] of pieces."""
+def room_for_sums(rule: Scaled, lse: Tensor, heads: int, programs: int) -> tuple[Tensor, Tensor]:
+    """Where programs leave their sums: [B, H, Lq] of factor, [heads, programs, segments, 2] of pieces."""
     units: int = rule.units.value
-    programs = triton.cdiv(queries, LEAST_ROWS.value)
-    dfactor = rule.factor.new_zeros(batch, heads, len(rule.factor))
-    return dfactor, rule.factor.new_zeros(batch, heads, programs, 2 * units, 2)
+    return torch.zeros_like(lse), lse.new_zeros(heads, programs, 2 * units, 2)
 
 
-def add_up(dfactor: Tensor, dpieces: Tensor, queries: int, knots: int) -> tuple[Tensor, Tensor]:
-    """-> drows [Lq], dpieces [H, F + 1, 2]; what was summed with line is in base 2."""
-    ln2 = math.log(2.0)
-    drows = dfactor[..., :queries].sum((0, 1)) * ln2
-    dpieces = dpieces[..., : knots + 1, :].sum((0, 2))
-    dpieces[..., 0] *= ln2
-    return drows, dpieces
+def add_up(dpieces: Tensor, heads: int, knots: int) -> Tensor:
+    """-> dpieces [H, F + 1, 2]; what was summed with line is in base 2."""
+    made = dpieces.unflatten(0, (-1, heads))[..., : knots + 1, :].sum((0, 2))
+    made[..., 0] *= math.log(2.0)
+    return made

@@ -37,14 +37,19 @@ def load_scattered(pointers):
 
 
 @triton.jit
-def load_rows(base, first, stride, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+def load_rows(
+    base, first, stride, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    SIGNED: tl.constexpr = False,
+):  # fmt: skip
     """Rows first .. first + ROWS - 1 of a [length, D] matrix -> [ROWS, HEAD_DIM]; zero beyond its edges.
 
-    The tile's own pointers do not depend on `first`, so a loop advances one number.
+    The tile's own pointers do not depend on `first`, so a loop advances one number. Negative rows need SIGNED.
     """
     r = tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, HEAD_DIM)[None, :]
     mask = r < length - first
+    if SIGNED:
+        mask = mask & (r >= -first)
     if D != HEAD_DIM:
         mask = mask & (d < D)
     return tl.load(base + tl.cast(first, tl.int64) * stride + (r.to(tl.int64) * stride + d), mask=mask, other=0.0)
@@ -74,26 +79,11 @@ def store_rows(base, first, stride, length, value, ROWS: tl.constexpr, HEAD_DIM:
 
 
 @triton.jit
-def row_block(Lq, H, GROUP, BLOCK_M: tl.constexpr):
-    """Which rows a program owns -> first row, batch * H + head, head, batch (int64), key head (int64).
-
-    Long rows first: under a causal mask the last block of rows sees the most keys. Programs of one head are neighbours
-    and so share its keys in L2.
-    """
-    blocks = tl.cdiv(Lq, BLOCK_M)
-    pid = tl.program_id(0)
-    bh = pid // blocks
-    h = bh % H
-    return (blocks - 1 - pid % blocks) * BLOCK_M, bh, h, (bh // H).to(tl.int64), (h // GROUP).to(tl.int64)
-
-
-@triton.jit
-def load_lse(LSE, DLSE, delta, bh, i, Lq):
-    """Base-2 lse and delta - dlse of rows i; a row that saw nothing gets an lse that makes every p of it zero."""
-    row = bh.to(tl.int64) * Lq
-    lse = tl.load(LSE + row + i, mask=i < Lq, other=-float("inf"))
+def load_lse(LSE, DLSE, delta, row, i, length):
+    """Base-2 lse and delta - dlse of rows row + i; a row that saw nothing gets an lse that makes every p of it zero."""
+    lse = tl.load(LSE + row + i, mask=i < length, other=-float("inf"))
     if DLSE is not None:
-        delta -= tl.load(DLSE + row + i, mask=i < Lq, other=0.0)
+        delta -= tl.load(DLSE + row + i, mask=i < length, other=0.0)
     dead = lse == -float("inf")
     return tl.where(dead, -HIDDEN, lse * LOG2E), tl.where(dead, 0.0, delta)
 

@@ -1,11 +1,12 @@
 """Rule: a bias that depends on j - i only, read from a table.  l = s + T[h, j - i];  dl/dT[h, x] sums along diagonals.
 
 `base` is fp32 [H, stride] in base 2 with T[h, x] at zero + x, and ROOM on both sides: no tile is bounds-checked.
+`split` is 1 or None, see `minus_rows`.
 `span`, if given, is int32 [2, H] in terms of j - i: outside [span[0, h], span[1, h]] the table is constant on either
 side, and a tile that lies there adds one number (a head's first two entries hold both) and touches no table.
 
 The gradient goes to `grad`, fp32 [H, block diagonals, 64] (diagonals.py). What a constant tail receives is summed by
-rows and kept in `tails`, fp32 [B * H, tails_stride, 2], if given: entries of a tail have one cause, so one sum.
+rows and kept in `tails`, fp32 [heads, tails_stride, 2], if given: entries of a tail have one cause, so one sum.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from .diagonals import add_diagonals
 from .rule import all_along, no_finish, no_row_term, no_start, no_table, nothing
 from .tile import HIDDEN, LOG2E, load_scattered
 
-# Tiles reach over the edges of the matrix by less than 128 on either side.
+# Tiles reach over the edges of the matrix by less than 128 on either side, or by less than 64 at two edges.
 ROOM = 144
 
 
 @triton.jit
-def load_span(rule, h):
+def load_span(rule, b, h, row, end):
     if rule.span is None:
         return ()
     else:
@@ -38,7 +39,18 @@ def load_span(rule, h):
 
 @triton.jit
 def table_rows(rule, h, i, m0, origin):
-    return (rule.base + h.to(tl.int64) * rule.stride + rule.zero) - i.to(tl.int64)
+    return minus_rows(rule.base + h.to(tl.int64) * rule.stride + rule.zero, i, m0, rule.split)
+
+
+@triton.jit
+def minus_rows(base, i, m0, SPLIT):
+    """base - i. Split, i is taken off in two parts, for kernels in which the compiler would not see otherwise that rows
+    of a tile are a fixed distance apart, and that half of its entries of the table are the other half.
+    """
+    if SPLIT is None:
+        return base - i.to(tl.int64)
+    else:
+        return (base - m0) - (i - m0).to(tl.int64)
 
 
 @triton.jit
@@ -91,9 +103,9 @@ def table_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.
 
 
 @triton.jit
-def tails_finish(T, S, R, rule, bh, m0):
+def tails_finish(T, S, R, rule, head, n, row, length):
     if rule.tails is not None:
-        pair = rule.tails + (bh.to(tl.int64) * rule.tails_stride + m0 // 16) * 2
+        pair = rule.tails + (head.to(tl.int64) * rule.tails_stride + n) * 2
         tl.store(pair, tl.sum(T[0], 0))
         tl.store(pair + 1, tl.sum(T[1], 0))
 
@@ -106,6 +118,7 @@ class Toeplitz(NamedTuple):
     zero: Any
     span: Any
     heads: Any
+    split: Any
     unscaled: Any = None
     setup: Any = load_span
     row_term: Any = no_row_term
@@ -126,9 +139,11 @@ class ToeplitzGradient(NamedTuple):
     zero: Any
     span: Any
     heads: Any
+    split: Any
     grad: Any
     grad_stride: Any
     grad_zero: Any
+    grad_copy: Any
     tails: Any
     tails_stride: Any
     unscaled: Any = None
@@ -154,15 +169,15 @@ def pad_table(TABLE, BASE, table_h, table_x, stride, length, zero, lowest, BLOCK
     tl.store(BASE + h * stride + t, tl.maximum(value * LOG2E, HIDDEN), mask=t < stride)
 
 
-def prepare(table: Tensor, support: Tensor | None, queries: int, shift: int) -> Toeplitz:
-    """The rule of a table [H, Lq + Lk - 1] whose support is given in offsets j - i + shift."""
+def prepare(table: Tensor, support: Tensor | None, behind: int, shift: int, split: bool) -> Toeplitz:
+    """The rule of a table [H, behind + ahead - 1] of j - i from 1 - behind up; support is in terms of j - i + shift."""
     heads, length = table.shape
     # Multiples of 16 throughout: Triton compiles one kernel for them, and so one for all lengths.
-    zero = (queries - 1 + ROOM + 15) // 16 * 16
-    stride = (zero + length - queries + ROOM + 16) // 16 * 16
+    zero = (behind - 1 + ROOM + 15) // 16 * 16
+    stride = (zero + length - behind + ROOM + 16) // 16 * 16
     base = torch.empty(heads, stride, dtype=torch.float32, device=table.device)
     pad_table[(triton.cdiv(stride, 1024), heads)](
-        table, base, *table.stride(), stride, length, zero, 1 - queries, BLOCK=1024
+        table, base, *table.stride(), stride, length, zero, 1 - behind, BLOCK=1024
     )
     span = None if support is None else (support - shift).to(torch.int32).contiguous()
-    return Toeplitz(base, stride, zero, span, heads)
+    return Toeplitz(base, stride, zero, span, heads, 1 if split else None)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, decode
 from .biases.bias import Bias
 from .biases.dape import DAPE
-from .dropout import draw
-from .mix_ops import Mix
-from .ops import Attend, Sequences
+from .dispatch import attend, autocast, documents
 
 
 def attention(
@@ -95,6 +90,7 @@ def attention(
     nothing gives 0, not NaN; tensors have 4 dimensions and do not broadcast.
 
     Under torch.autocast query, key and value are cast to the autocast dtype; a bias keeps its precision.
+    query, key and value may be DTensors, sharded by batch or heads; `posattn.distributed` has what else they need.
     Under torch.use_deterministic_algorithms(True) equal inputs give bitwise equal gradients.
 
         >>> import torch, posattn
@@ -110,6 +106,29 @@ def attention(
         >>> torch.allclose(out, same, atol=1e-5)
         True
     """
+    if type(query).__name__ == "DTensor":  # without importing it
+        from .distributed.dtensors import attention_of_dtensors
+
+        return attention_of_dtensors(
+            query,
+            key,
+            value,
+            bias,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window=window,
+            key_padding_mask=key_padding_mask,
+            softcap=softcap,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            relative_logits=relative_logits,
+            document_ids=document_ids,
+            query_start=query_start,
+            key_start=key_start,
+            return_lse=return_lse,
+            backend=backend,
+        )
     checks.check_tensor("query", query)
     checks.check_tensor("key", key)
     checks.check_tensor("value", value)
@@ -136,191 +155,11 @@ def attention(
         checks.check_dape(bias, query, rule, is_causal)
     backend = checks.choose_backend(backend, query, value, bias)
 
+    extra = sinks, relative_logits
+    if dropout_p == 0.0 and document_ids is None and decode.serves(query, key, value, bias, backend, *extra):
+        out, lse = decode.decode(query, key, value, bias, rule, backend, key_padding_mask, *extra)
+        return (out, lse) if return_lse else out
+
     mask, sequences = key_padding_mask, documents(document_ids) if document_ids is not None else None
     out, lse = attend(query, key, value, bias, rule, backend, mask, sinks, relative_logits, dropout_p, sequences)
     return (out, lse) if return_lse else out
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Bias | DAPE | Tensor | None,
-    rule: checks.Rule,
-    backend: str,
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    relative: Tensor | None,
-    dropout_p: float,
-    sequences: Sequences | None,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of arguments that are checked; with sequences, those of `ops.attend_forward`, rule has no starts."""
-    query, key, value = (readable(t) for t in (query, key, value))
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    sinks = None if sinks is None else sinks.to(dtype).contiguous()
-    if isinstance(bias, DAPE):
-        if sequences is None:
-            out, lse = _mix(query, key, value, bias, key_mask, rule, backend)
-        else:
-            out, lse = _mix_sequences(query, key, value, bias, key_mask, rule, backend, sequences)
-        return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
-
-    table = support = slopes = scaled = None
-    symmetric = tails_need_grad = True
-    if isinstance(bias, Tensor):
-        table = bias
-    elif bias is not None and query.shape[2] > 0 and key.shape[2] > 0:
-        symmetric, tails_need_grad = bias.symmetric, bias.tails_need_grad
-        if sequences is None:
-            lengths, starts = (query.shape[2], key.shape[2]), (rule.query_start, rule.key_start)
-        else:
-            lengths = (max(1, sequences.max_q), max(1, sequences.max_k))
-            starts = lengths[1] - lengths[0], 0
-        width = lengths[0] + lengths[1] - 1
-        scaled = bias.scaled(*lengths, *starts)
-        slopes = bias.slopes() if scaled is None else None
-        if scaled is not None:
-            if sequences is not None:  # of every position that a query of some sequence can have
-                every = bias.scaled(sum(lengths), 1, -lengths[0], 0)
-                assert every is not None
-                scaled = scaled._replace(rows=every.rows)
-            rows = query.shape[2] if sequences is None else sum(lengths)
-            checks.check_scaled(bias, scaled, query, width, rows)
-        elif slopes is None:
-            table = bias.table(*lengths, *starts)
-            checks.check_made(bias, "a table", table, (query.shape[1], width), query)
-            support = bias.support()
-        else:
-            checks.check_made(bias, "slopes", slopes, (query.shape[1],), query)
-    # Not query's dtype: in half precision a bias would be off by 2^-9 of itself, which scores would show.
-    if table is not None:
-        table = table.to(dtype).contiguous()
-    parts = (None,) * 4 if scaled is None else tuple(part.to(dtype).contiguous() for part in scaled)
-    if relative is not None and (relative.dtype == torch.float64) != (dtype == torch.float64):
-        relative = relative.to(dtype)
-    cu_q, cu_k, max_q, max_k = (None, None, 0, 0) if sequences is None else sequences
-    dropout = draw(dropout_p, rule.query_start, rule.key_start, query.device)
-
-    out, lse = Attend.apply(  # type: ignore[no-untyped-call]
-        query,
-        key,
-        value,
-        table,
-        support,
-        slopes,
-        *parts,
-        relative,
-        sinks,
-        key_mask,
-        cu_q,
-        None if cu_k is cu_q else cu_k,
-        max_q,
-        max_k,
-        dropout_p,
-        None if dropout is None else dropout.seed,
-        rule.scale,
-        rule.softcap,
-        rule.key_start - rule.query_start,
-        rule.left,
-        rule.right,
-        symmetric,
-        tails_need_grad,
-        backend,
-    )
-    return out, lse
-
-
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """What one more logit a head, without a value, makes of attention without it."""
-    sinks = sinks[:, None]
-    share = torch.sigmoid(lse - sinks)
-    return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
-
-
-def _mix(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: DAPE,
-    key_padding_mask: Tensor | None,
-    rule: checks.Rule,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    lengths = query.shape[2], key.shape[2]
-    network = bias.network(*lengths, rule.query_start, rule.key_start, double=query.dtype == torch.float64)
-    if bias.base is not None and network.table is not None:
-        shape = (query.shape[1], query.shape[2] + key.shape[2] - 1)
-        checks.check_made(bias.base, "a table", network.table, shape, query)
-    out, lse = Mix.apply(  # type: ignore[no-untyped-call]
-        query,
-        key,
-        value,
-        *network[:-1],
-        key_padding_mask,
-        rule.scale,
-        rule.key_start - rule.query_start,
-        rule.left,
-        rule.right,
-        network.negative_slope,
-        not bias.prefix_consistent,
-        torch.is_grad_enabled(),
-        backend,
-    )
-    return out, lse
-
-
-def _mix_sequences(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: DAPE,
-    key_mask: Tensor | None,
-    rule: checks.Rule,
-    backend: str,
-    sequences: Sequences,
-) -> tuple[Tensor, Tensor]:
-    """Sequence by sequence: a DAPE's scratch is that of one problem. Waits for the device."""
-    ends = list(zip(sequences.cu_q.tolist(), sequences.cu_k.tolist()))
-    query_length, key_length = query.shape[2], key.shape[2]
-    outs: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
-    lses: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
-    for (q0, k0), (q1, k1) in pairwise(ends):
-        if q1 == q0:
-            continue
-        b = q0 // query_length
-        rows, keys = (
-            slice(q0 - b * query_length, q1 - b * query_length),
-            slice(k0 - b * key_length, k1 - b * key_length),
-        )
-        own = rule._replace(query_start=(k1 - k0) - (q1 - q0), key_start=0)
-        mask = None if key_mask is None else key_mask[b : b + 1, keys]
-        parts = query[b : b + 1, :, rows], key[b : b + 1, :, keys], value[b : b + 1, :, keys]
-        out, lse = _mix(*parts, bias, mask, own, backend)
-        outs[b].append(out)
-        lses[b].append(lse)
-    return torch.cat([torch.cat(o, 2) for o in outs]), torch.cat([torch.cat(o, 2) for o in lses])
-
-
-def documents(document_ids: Tensor) -> Sequences:
-    """A sequence for each run of equal numbers in a row of document_ids (B, L). Waits for the device."""
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    torch.ne(document_ids[:, 1:], document_ids[:, :-1], out=starts[:, 1:])
-    first = starts.flatten().nonzero().flatten().int()
-    cu = torch.cat([first, first.new_full((1,), document_ids.numel())])
-    return Sequences(cu, cu, document_ids.shape[1], document_ids.shape[1])
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """Rows of unit stride that do not overlap, as kernels read them; every other stride is free."""
-    rows = tensor.stride(-1) == 1 and tensor.stride(-2) >= tensor.shape[-1]
-    return tensor if rows else tensor.contiguous()
-
-
-def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What torch.autocast does to the arguments of scaled_dot_product_attention, which spares float64 too."""
-    device_type = query.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast
-        return query, key, value
-    dtype = torch.get_autocast_dtype(device_type)
-    query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
-    return query, key, value

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import linear_checks as checks
-from .attention import autocast, readable
 from .biases.bias import full_precision, no_autocast
 from .checks import check_key_padding_mask, check_tensor
+from .dispatch import autocast, readable
 from .feature_maps import FAVOR_FEATURES, Favor, favor_exponents, favor_features
 from .linear_checks import LinearState as LinearState
 from .linear_ops import LinearAttend, favor_projection

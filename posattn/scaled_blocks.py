@@ -1,6 +1,7 @@
 """The bias of a block that is a piecewise linear function of line[j - i] * rows[i], and the way back for its parts.
 
 Blocks are those of strips.py, last row first. All heads see the same x, so that x and its segment are made once.
+rows is (1, Lq), or (B, Lq) where the batch entries of a block, which is one then, have rows of their own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def add_gradients(
     index = segment.expand(dS.shape)
     dpieces[block.heads, :, 1] += by_segment.scatter_add_(2, index, dS).sum(1)
     by_segment.zero_().scatter_add_(2, index, dS.mul_(line))
-    drows[block.rows.start : block.rows.stop] += (by_segment * slope[:, None]).sum((0, 2)).flip(0)
+    _rows_of(drows, block).add_((by_segment * slope[:, None]).sum((0, 2)).flip(0))
     dpieces[block.heads, :, 0] += by_segment.mul_(factor).sum(1)
     part = line_range(rule, block)
     dline[part.start : part.stop] += diagonal_sums(along[None, None], scratch)[0]
@@ -47,5 +48,9 @@ def add_gradients(
 def _position(scaled: Scaled, rule: Rule, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """line (rows, keys), a view; rows (rows, 1); the number of knots below their product, (rows, keys)."""
     line = strip(scaled.line[None], rule, block)[0, 0]
-    factor = scaled.rows[block.rows.start : block.rows.stop].flip(0)[:, None]
+    factor = _rows_of(scaled.rows, block).flip(0)[:, None]
     return line, factor, torch.searchsorted(scaled.knots, (line * factor).contiguous())
+
+
+def _rows_of(rows: Tensor, block: Block) -> Tensor:
+    return rows[block.batch.start if len(rows) > 1 else 0, block.rows.start : block.rows.stop]

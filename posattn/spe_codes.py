@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import readable
 from .biases.bias import check_integer
+from .dispatch import readable
 from .noise import Noise
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ so the bias costs no memory and nothing is gathered. What is not visible is INVI
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,21 +25,6 @@ class Rule(NamedTuple):
     shift: int
     left: int
     right: int
-
-    def hides_past(self, first: int) -> bool:
-        """Some query does not see key `first`, for it is too far to the left."""
-        return 0 <= self.left < self.query_length - 1 - first - self.shift
-
-    def hides_future(self, last: int) -> bool:
-        """Some query does not see key `last - 1`, for it is too far to the right."""
-        return 0 <= self.right < last - 1 + self.shift
-
-    def is_plain(self, batches: Batches) -> bool:
-        """Every query sees all of these keys, or key `first` + n is seen from query n on."""
-        if batches.padding is not None or self.hides_past(batches.first) or batches.first == batches.last:
-            return False
-        corner = self.right == 0 and self.shift + batches.first == 0
-        return corner or not self.hides_future(batches.last)
 
     def keys(self, rows: range, first: int, last: int) -> range:
         """What some of these queries see of the keys [first, last)."""
@@ -74,6 +58,8 @@ class Block(NamedTuple):
     rows: range
     keys: range
     padding: Tensor | None  # (Lk,)
+    ahead: int = 0  # key j has the offset j - i + rule.shift + ahead from query i
+    several: bool = False  # sequences: pairs of two different ones are hidden
 
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, query heads, rows, keys)."""
@@ -89,7 +75,7 @@ class Block(NamedTuple):
         rows = tensor[self.batch, self.heads, self.rows.start : self.rows.stop]
         rows.copy_(value.view(rows.shape).flip(2))  # may cast
 
-    def fill(self, tensor: Tensor, value: float) -> None:
+    def fill(self, tensor: Tensor, value: float | Tensor) -> None:
         tensor[self.batch, self.heads, self.rows.start : self.rows.stop] = value
 
     def keys_of(self, tensor: Tensor) -> Tensor:
@@ -117,34 +103,6 @@ def same_keys(key_mask: Tensor | None, batch: int, key_length: int, dtype: torch
     return groups
 
 
-def blocks(
-    rule: Rule, batches: Batches, key_heads: int, group: int, rows: int, least: int, scratch: int | None
-) -> Iterator[Block]:
-    """Of `rows` rows, fewer (but `least`) if `scratch` numbers do not hold those of a key head; None: any."""
-    first, last = batches.first, batches.last
-    if scratch is not None:
-        widest = rule.most_keys(rows, last - first)
-        rows = min(rows, max(least, scratch // max(1, group * widest)))
-    for start in range(0, rule.query_length, rows):
-        span = range(start, min(start + rows, rule.query_length))
-        keys = rule.keys(span, first, last)
-        count = (batches.end - batches.start) * key_heads
-        if scratch is not None:  # key heads together, so many that batch and heads still flatten
-            count = max(1, scratch // max(1, group * len(span) * len(keys)))
-        batch_step, head_step = max(1, count // key_heads), min(count, key_heads)
-        for b in range(batches.start, batches.end, batch_step):
-            for h in range(0, key_heads, head_step):
-                end = min(h + head_step, key_heads)
-                yield Block(
-                    slice(b, min(b + batch_step, batches.end)),
-                    slice(h, end),
-                    slice(h * group, end * group),
-                    span,
-                    keys,
-                    batches.padding,
-                )
-
-
 def make_line(
     rule: Rule, table: Tensor | None, slopes: Tensor | None, symmetric: bool, like: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -166,7 +124,7 @@ def make_line(
 
 def line_range(rule: Rule, block: Block) -> range:
     """Which numbers of the line a block reads."""
-    start = rule.query_length - block.rows.stop + block.keys.start
+    start = rule.query_length - block.rows.stop + block.keys.start + block.ahead
     return range(start, start + len(block.rows) + len(block.keys) - 1)
 
 

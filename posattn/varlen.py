@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .attention import attend, autocast
 from .biases.bias import Bias
 from .biases.dape import DAPE
+from .dispatch import attend, autocast
 from .ops import Sequences
 
 

@@ -10,7 +10,7 @@ from calls import TRITON, blockwise, qkv, same, triton
 from oracle import attention_oracle
 
 import posattn
-from posattn import attention, attention_reference
+from posattn import attention, attention_reference, dispatch
 
 # ---------------------------------------------------------------------------------------- blind, empty
 
@@ -79,9 +79,9 @@ def test_autocast_casts_the_tensors_and_not_the_bias(dtype, monkeypatch):
     query, key, value = qkv()
     query, value = query.half(), value.bfloat16()  # mixed, as a model under autocast makes them
     bias, seen = posattn.TISA(3), []
-    apply = posattn.attention.__globals__["Attend"].apply
+    apply = dispatch.Attend.apply
     monkeypatch.setattr(
-        posattn.attention.__globals__["Attend"],
+        dispatch.Attend,
         "apply",
         lambda *args: (seen.extend(args[:4]), apply(*args))[1],
     )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 
 import torch
 import torch.distributed as dist
-from two_processes import WORLD, gloo, pass_in_both, run_checks
+from processes import gloo, pass_in_processes
 
 import posattn
 
-DIM, HEADS = 16, 4
+WORLD, DIM, HEADS = 2, 16, 4
 BIASES = {
     "tisa": posattn.TISA,
     "alibi": posattn.ALiBi,
@@ -85,9 +84,6 @@ def fsdp(name: str, rank: int) -> None:
         torch.testing.assert_close(p.full_tensor(), after[n])
 
 
-def worker(rank: int, store: str, failures: multiprocessing.Queue) -> None:
-    run_checks([(check, (name,)) for check in (ddp, fsdp) for name in BIASES], rank, store, failures)
-
-
 def test_two_processes_give_what_one_gives(tmp_path):
-    pass_in_both(worker, tmp_path, seconds=60)
+    checks = [(check, (name,)) for check in (ddp, fsdp) for name in BIASES]
+    pass_in_processes(checks, WORLD, tmp_path, seconds=60)

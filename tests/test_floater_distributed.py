@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-
 import pytest
 import torch
 from floater_cases import Tanh
+from processes import gloo, pass_in_processes
 from torch import nn
-from two_processes import gloo, pass_in_both, run_checks
 
 from posattn import FLOATER, MLPDynamics
 
@@ -77,15 +75,11 @@ def check(gradient: str, dynamics: str, rank: int) -> None:
             torch.testing.assert_close(ours[name], value, **tolerance)
 
 
-def worker(rank: int, store: str, failures: multiprocessing.Queue) -> None:
-    kinds = [("checkpoint", "published"), ("checkpoint", "tanh"), ("direct", "tanh"), ("adjoint", "tanh")]
-    run_checks([(check, kind) for kind in kinds], rank, store, failures)
-
-
 @gloo
 def test_two_processes_give_what_one_gives(tmp_path):
     """DDP's own default, no find_unused_parameters: every parameter has its gradient on every step."""
-    pass_in_both(worker, tmp_path, seconds=100)
+    kinds = [("checkpoint", "published"), ("checkpoint", "tanh"), ("direct", "tanh"), ("adjoint", "tanh")]
+    pass_in_processes([(check, kind) for kind in kinds], 2, tmp_path, seconds=100)
 
 
 # -------------------------------------------------------------------------------------------------------- compile

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_FILES = sorted((ROOT / "kernels").glob("*.py"))
-ROOMS = ("posattn", "kernels", "bench", "tests")
+ROOMS = ("posattn", "kernels", "bench", "tests", "examples")
 OUR_FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "base", "core", "misc", "manager"}
 
@@ -52,7 +52,8 @@ def test_kernels_import_only_torch_triton_and_siblings(path):
 @pytest.mark.parametrize("path", OUR_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows_go_one_way(path):
     room = path.relative_to(ROOT).parts[0]
-    forbidden = {"posattn": {"bench", "tests"}, "kernels": {"bench", "tests", "posattn"}, "bench": {"tests"}}
+    outside = {"bench", "tests", "examples"}
+    forbidden = {"posattn": outside, "kernels": {*outside, "posattn"}, "bench": outside - {"bench"}, "examples": outside}
     assert not imported(path) & forbidden.get(room, set())
     if room == "posattn" and "kernels" not in path.parts:
         assert "triton" not in imported(path), "Triton is needed only in kernels/"
@@ -144,7 +145,7 @@ def test_uninstalled_from_the_root(fresh_python):
 
 def test_importing_is_light():
     """The compiler and scipy (by way of torchdiffeq) are imported when they are needed."""
-    heavy = "torch._dynamo", "torchdiffeq", "scipy", "transformers", "matplotlib"
+    heavy = "torch._dynamo", "torch.distributed.tensor", "torchdiffeq", "scipy", "transformers", "matplotlib"
     code = f"import posattn, sys; print([name for name in {heavy} if name in sys.modules])"
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "[]", made.stdout

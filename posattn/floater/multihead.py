@@ -83,7 +83,7 @@ class PositionedMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention: the same arguments, masks, shapes and results."""
-        batched = _check(query, key, value, key_padding_mask, attn_mask, self)
+        batched = check_inputs(query, key, value, key_padding_mask, attn_mask, self)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint, as torch.nn.MultiheadAttention does"
@@ -162,7 +162,7 @@ def check_served(path: str, module: nn.MultiheadAttention) -> None:
             )
 
 
-def _check(
+def check_inputs(
     query: Tensor,
     key: Tensor,
     value: Tensor,

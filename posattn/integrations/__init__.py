@@ -1,0 +1,1 @@
+"""posattn inside other libraries. Nothing here is imported by posattn itself."""

@@ -8,6 +8,7 @@ With options of their own (--help after the job shows them):
 python -m bench extrapolate  eleven ways to tell positions, each far beyond its training length
 python -m bench chomsky      the same ways on formal-language tasks, trained on short strings, tested on long ones
 python -m bench dape         time and memory of DAPE and FIRE beside the same formula in plain PyTorch
+python -m bench decode       one token against a cache of keys: time beside SDPA and the memory's floor
 python -m bench spe          SineSPE and ConvSPE with linear attention: time, memory, error, a language model
 python -m bench floater      FLOATER: the cost of position vectors from a neural ODE, a language model
 python -m bench listops      ListOps with linear attention: learned absolute positions against SineSPE
@@ -32,6 +33,10 @@ def main(argv: list[str]) -> int:
         from .mixing_speed import main as dape
 
         return dape(argv[1:])
+    if argv[:1] == ["decode"]:
+        from .decode import main as decode
+
+        return decode(argv[1:])
     if argv[:1] == ["kernels"]:
         from .kernels import main as kernels
 

@@ -1,10 +1,10 @@
 """`python -m bench gate`: what a GPU must show before a release: numerics, memory, then a short table of speeds.
 
 Numerics go through `posattn.attention(backend="triton")` and are held against float64: biases of the offset in
-gate_numerics.py, packed sequences, dropout and other options in gate_features.py, DAPE and FIRE in gate_mixing.py, and
-`posattn.linear_attention` with SPE in gate_spe.py; FLOATER's solves are checked in gate_floater.py; memory and speed
-are in gate_speed.py and gate_spe_speed.py. Everything stops politely at the time budget, says what it did not reach,
-and is written to one JSON file.
+gate_numerics.py, packed sequences, dropout and other options in gate_features.py, caches in gate_decode.py, DAPE and
+FIRE in gate_mixing.py, and `posattn.linear_attention` with SPE in gate_spe.py; FLOATER's solves are checked in
+gate_floater.py; memory and speed are in gate_speed.py and gate_spe_speed.py. Everything stops politely at the time
+budget, says what it did not reach, and is written to one JSON file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from . import gate_speed
 
 RESULTS = Path(__file__).parent / "results"
-# Of the budget, by the end of that part: the first cases, the options, DAPE and FIRE, SPE, FLOATER, the mixed cases,
-# memory.
-FIRST_SHARE, FEATURES_SHARE, MIXING_SHARE, SPE_SHARE, FLOATER_SHARE = 0.25, 0.4, 0.53, 0.65, 0.68
-NUMERICS_SHARE, MEMORY_SHARE = 0.74, 0.79
-PARTS = ("numerics", "features", "mixing", "spe", "floater")
+# Of the budget, by the end of that part: the first cases, the options, caches, DAPE and FIRE, SPE, FLOATER, the mixed
+# cases, memory.
+FIRST_SHARE, FEATURES_SHARE, DECODE_SHARE, MIXING_SHARE, SPE_SHARE = 0.22, 0.33, 0.43, 0.55, 0.66
+FLOATER_SHARE, NUMERICS_SHARE, MEMORY_SHARE = 0.69, 0.74, 0.79
+PARTS = ("numerics", "features", "decode", "mixing", "spe", "floater")
 
 
 class Clock:
@@ -76,9 +76,9 @@ def nvidia_smi() -> dict[str, str] | None:
 
 
 def numerics(cases: list[Any], device: torch.device, clock: Clock, rehearse: bool, share: float) -> dict[str, Any]:
-    from . import gate_features, gate_floater, gate_mixing, gate_numerics, gate_spe
+    from . import gate_decode, gate_features, gate_floater, gate_mixing, gate_numerics, gate_spe
 
-    modules = gate_numerics, gate_features, gate_mixing, gate_spe, gate_floater
+    modules = gate_numerics, gate_features, gate_decode, gate_mixing, gate_spe, gate_floater
     checks: dict[type, Any] = {module.Case: module.check for module in modules}
     rows: list[dict[str, Any]] = []
     for n, case in enumerate(cases):
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="default: bench/results/gate-<gpu>-torch...json")
     which = "biases of the offset, memory, speed; or packed sequences and options, DAPE and FIRE, SPE, or FLOATER, "
     which += "which then have the whole budget; or all of these; or time and memory of SPE"
-    parts = ["all", "attention", "features", "mixing", "spe", "floater", "spe-speed"]
+    parts = ["all", "attention", "features", "decode", "mixing", "spe", "floater", "spe-speed"]
     parser.add_argument("--part", choices=parts, default="all", help=which)
     some = "which cases of features, mixing or spe: 7: after the seventh; 1::4 for the second of four processes"
     parser.add_argument("--cases", type=slice_of, default=slice(None), metavar="A:B:C", help=some)
@@ -223,10 +223,10 @@ def slice_of(text: str) -> slice:
 
 def planned(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, list[Any], float]]:
     """(part of the report, cases, share of the budget by the end of them)"""
-    from . import gate_features, gate_floater, gate_mixing, gate_numerics, gate_spe
+    from . import gate_decode, gate_features, gate_floater, gate_mixing, gate_numerics, gate_spe
 
-    parts = ("attention", "features", "mixing", "spe", "floater")
-    with_attention, with_features, with_mixing, with_spe, with_floater = (
+    parts = ("attention", "features", "decode", "mixing", "spe", "floater")
+    with_attention, with_features, with_decode, with_mixing, with_spe, with_floater = (
         arguments.part in ("all", part) for part in parts
     )
     alone = arguments.part != "all"
@@ -234,6 +234,7 @@ def planned(arguments: argparse.Namespace, device: torch.device) -> list[tuple[s
     if arguments.interpret:
         made += [("numerics", list(gate_numerics.rehearsal()), NUMERICS_SHARE)] * with_attention
         made += [("features", list(gate_features.rehearsal())[arguments.cases], 1.0)] * with_features
+        made += [("decode", list(gate_decode.rehearsal())[arguments.cases], 1.0)] * with_decode
         made += [("mixing", list(gate_mixing.rehearsal())[arguments.cases], 1.0)] * with_mixing
         made += [("spe", list(gate_spe.rehearsal())[arguments.cases], 1.0)] * with_spe
         return made + [("floater", list(gate_floater.rehearsal()), 1.0)] * with_floater
@@ -242,6 +243,8 @@ def planned(arguments: argparse.Namespace, device: torch.device) -> list[tuple[s
     made += [("numerics", first, FIRST_SHARE)] * with_attention
     features = served(list(gate_features.cases()), device)[arguments.cases]
     made += [("features", features, 1.0 if alone else FEATURES_SHARE)] * with_features
+    decode = served(list(gate_decode.cases()), device)[arguments.cases]
+    made += [("decode", decode, 1.0 if alone else DECODE_SHARE)] * with_decode
     made += [("mixing", mixing, 1.0 if alone else MIXING_SHARE)] * with_mixing
     made += [("spe", list(gate_spe.cases())[arguments.cases], 1.0 if alone else SPE_SHARE)] * with_spe
     made += [("floater", list(gate_floater.cases()), 1.0 if alone else FLOATER_SHARE)] * with_floater

@@ -48,7 +48,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
             rules += calls
         if chips is None or chip in chips:
             made += [(chip, direction, bits, width, rule) for rule in rules]
-    return made + aot_mixing.jobs(chips, everything) + aot_spe.jobs(chips, everything)
+    return made + [job for special in (aot_mixing, aot_spe, aot_decode) for job in special.jobs(chips, everything)]
 
 
 def _enter_worker(hip: bool) -> None:
@@ -61,9 +61,9 @@ def _enter_worker(hip: bool) -> None:
 
 
 def _work(job: tuple[Any, ...]) -> dict[str, Any]:
-    from . import aot, aot_mixing, aot_spe
+    from . import aot, aot_decode, aot_mixing, aot_spe
 
-    for special in (aot_mixing, aot_spe):
+    for special in (aot_mixing, aot_spe, aot_decode):
         if job[1] in special.KERNELS:
             return special.compile_and_count(*job)
     return aot.compile_and_count(*job)
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows there")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes (2)")
     parser.add_argument("--update-budget", action="store_true", help=f"rewrite tests/{BUDGET.name} (sm_90, 16 bits)")
-    parser.add_argument("--predict", action="store_true", help="instead: what DAPE and SPE should take on an H200")
+    parser.add_argument("--predict", action="store_true", help="instead: what DAPE, SPE and decoding should take")
     arguments = parser.parse_args(argv)
     # Compiled, not interpreted: workers inherit the environment, and only they import the kernels.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -188,9 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     from .aot import CHIPS
 
     if arguments.predict:
-        from . import aot_mixing, aot_spe
+        from . import aot_decode, aot_mixing, aot_spe
 
-        print(aot_mixing.prediction(), aot_spe.prediction(), sep="\n\n")
+        print(*(special.prediction() for special in (aot_mixing, aot_spe, aot_decode)), sep="\n\n")
         return 0
 
     chips = arguments.arch.split(",") if arguments.arch else ["sm_90"] if arguments.update_budget else None

@@ -5,12 +5,19 @@ each step attention is that of one query with all keys of the cache, O(N) for N 
 the whole text, without a cache, must give the logits that generation had at every step, up to rounding, and the same
 tokens.
 
-    python examples/generate_8192.py              {full}
-    python examples/generate_8192.py --quick      {quick}
+    python examples/generate_8192.py              a minute
+    python examples/generate_8192.py --quick      seconds
 
-It printed, on two cores of a CPU:
+It printed, with one thread of a busy CPU:
 
-{printed}
+      2032 tokens generated, the last 2032 at 204 a second
+      4064 tokens generated, the last 2032 at 168 a second
+      6096 tokens generated, the last 2032 at 140 a second
+      8128 tokens generated, the last 2032 at 127 a second
+    8128 tokens in 52.6 s: 155 a second
+    the whole text of 8192 at once: 1.2 s
+    largest difference of logits, of all steps: 1.1e-03, the largest logit 6.5
+    tokens that the whole text gives as well: 100.00 %
 """
 
 from __future__ import annotations

@@ -5,12 +5,17 @@ ACL 2021) and drops the absolute positions; the model trains on. Its twin trains
 nats a byte, is that of held-out text read in pieces of the length trained at, and of four times that length, where
 absolute positions were never trained. Last, the model is saved and loaded.
 
-    python examples/gpt2_tisa.py              {full}
-    python examples/gpt2_tisa.py --quick      {quick}
+    python examples/gpt2_tisa.py              two minutes
+    python examples/gpt2_tisa.py --quick      seconds
 
-It printed, on two cores of a CPU:
+It printed, with one thread of a busy CPU:
 
-{printed}
+    loss at length                           128       512
+    GPT-2, absolute positions              2.565     2.666
+    TISA attached, before fine-tuning      2.635     2.657
+    TISA, fine-tuned                       2.348     2.385
+    absolute, trained as long              2.334     2.788
+    saved and loaded: largest difference of logits 0.0e+00
 """
 
 from __future__ import annotations

@@ -5,12 +5,17 @@ layer a DAPE over KERPLE (Zheng et al., NeurIPS 2024), a small network that mixe
 and drops RoPE; the model trains on. Its twin trains as long with RoPE. The loss, in nats a byte, is that of held-out
 text read in pieces of the length trained at, and of up to eight times that.
 
-    python examples/llama_dape.py              {full}
-    python examples/llama_dape.py --quick      {quick}
+    python examples/llama_dape.py              a minute
+    python examples/llama_dape.py --quick      seconds
 
-It printed, on two cores of a CPU:
+It printed, with one thread of a busy CPU:
 
-{printed}
+    loss at length                            64       128       256       512
+    Llama, RoPE                            2.251     2.260     2.333     2.364
+    DAPE attached, before fine-tuning      2.327     2.332     2.330     2.332
+    DAPE-KERPLE, fine-tuned                1.940     1.931     1.928     1.926
+    RoPE, trained as long                  1.915     1.937     2.182     2.338
+    a step took 75 ms with DAPE, 21 ms with RoPE, of processor time
 """
 
 from __future__ import annotations

@@ -4,12 +4,18 @@ A small T5 with random weights, once with attn_implementation="eager" and once w
 logits and gradients agree. Then a training step of each at growing lengths: seconds, and megabytes above what was there
 before the step (the resident memory of the process, sampled; on a GPU what was allocated).
 
-    python examples/t5_posattn.py              {full}
-    python examples/t5_posattn.py --quick      {quick}
+    python examples/t5_posattn.py              a minute
+    python examples/t5_posattn.py --quick      seconds
 
-It printed, on two cores of a CPU:
+It printed, with one thread of a busy CPU:
 
-{printed}
+    loss: eager 4.216566, posattn 4.216566
+    largest difference of logits: 1.3e-06
+    largest difference of a gradient, relative to its largest entry: 1.2e-06
+    a training step at length                eager             posattn
+                          1024      0.78 s, 213 MB       0.49 s, 23 MB
+                          2048      4.22 s, 435 MB       1.18 s, 43 MB
+                          4096    21.44 s, 1504 MB       5.61 s, 72 MB
 """
 
 from __future__ import annotations

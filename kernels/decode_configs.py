@@ -17,9 +17,9 @@ from .configs import Config, arch
 DECODE: dict[tuple[str, int, int], Config] = {
     (chip, bits, width): config
     for chip, rows in {
-        "sm_80": {(16, 64): Config(64, 64, 4, 3), (16, 128): Config(64, 64, 4, 3), (16, 256): Config(32, 32, 4, 3),
+        "sm_80": {(16, 64): Config(64, 64, 4, 3), (16, 128): Config(32, 64, 4, 3), (16, 256): Config(32, 32, 4, 3),
                   (32, 64): Config(32, 32, 4, 3), (32, 128): Config(16, 32, 4, 2)},
-        "sm_86": {(16, 64): Config(64, 64, 4, 3), (16, 128): Config(64, 64, 4, 2), (16, 256): Config(32, 32, 4, 2),
+        "sm_86": {(16, 64): Config(64, 64, 4, 3), (16, 128): Config(32, 64, 4, 2), (16, 256): Config(32, 32, 4, 2),
                   (32, 64): Config(32, 32, 4, 2), (32, 128): Config(16, 32, 4, 2)},
         "sm_90": {(16, 64): Config(64, 64, 4, 3), (16, 128): Config(64, 64, 4, 3), (16, 256): Config(32, 32, 4, 3),
                   (32, 64): Config(32, 32, 4, 3), (32, 128): Config(16, 32, 4, 3)},
@@ -31,7 +31,8 @@ DECODE: dict[tuple[str, int, int], Config] = {
     for (bits, width), config in rows.items()
 }
 # fmt: on
-MIX_KEYS, MIX_WARPS = 64, 4  # of a program that mixes the heads of one query
+# Bits of the dtype: heads and hidden units of a DAPE, each padded, to that many: keys of a tile, warps.
+MIXES = {16: {96: (64, 4), 256: (32, 8)}, 32: {64: (64, 4), 96: (32, 8), 256: (16, 8)}}
 PROGRAMS = 2  # that a multiprocessor works on at a time, in the choice of splits
 MOST_SPLITS = 128
 COMBINE_SPLITS, COMBINE_DIM = 16, 64  # of the tile that decode_combine reads at a time
@@ -41,6 +42,12 @@ def pick_decode(chip: str, bits: int, width: int) -> Config:
     if chip == "interpreter":
         return Config(32, 16, 4, 1)
     return DECODE[chip, bits, max(64, width)]
+
+
+def pick_mix(chip: str, bits: int, channels: int) -> tuple[int, int]:
+    if chip == "interpreter":
+        return 16, 4
+    return next(tile for most, tile in MIXES[bits].items() if channels <= most)
 
 
 @functools.cache

@@ -150,7 +150,7 @@ def mix_forward(
     # Published: hidden units of keys that the query does not see count, and read their neighbours' scores.
     margin = 2 * (taps // 2)
     tile = p.tile()
-    block_n = 16 if p.chip == "interpreter" else table_of.MIX_KEYS
+    block_n, warps = table_of.pick_mix(p.chip, q.element_size() * 8, padded(heads) + padded(hidden))
     with on(q):
         splits = p.splits(p.programs, p.config.block_n)
         decode_scores[splits, p.programs](
@@ -162,6 +162,6 @@ def mix_forward(
             S=scores, L=logits, PAD=mask, W1=w1, B1=b1, W2=w2, B2=b2, splits=splits, W=width, **p.seen, **p.bias,
             **tensor_strides("p", mask, "b"), H=heads, HIDDEN=hidden, K=taps, HEADS=padded(heads),
             UNITS=padded(hidden), PUBLISHED=published, DTYPE=tl.float32 if q.dtype == torch.float32 else tl.float16,
-            BLOCK_N=block_n, PRECISION=tile["PRECISION"], num_warps=table_of.MIX_WARPS, num_stages=1,
+            BLOCK_N=block_n, PRECISION=tile["PRECISION"], num_warps=warps, num_stages=1,
         )  # fmt: skip
     return p.attend(logits, sinks, key_mask, scale, 0.0)

@@ -196,7 +196,8 @@ def forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if lse.numel():
         p.launch(
-            "forward", attend_forward, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, LSE=lse, SINKS=sinks,
+            "forward", attend_forward, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, LSE=lse,
+            SINKS=None if sinks is None else sinks.contiguous(),
             rule=p.rule, scale=p.scale2, **strides(q=p.q, k=p.k, v=p.v, o=out),
         )  # fmt: skip
     return out, lse

@@ -36,7 +36,9 @@ class Mixing:
     def __init__(
         self, backward, q, k, v, w1, b1, w2, b2, base, key_mask, scale, shift, left, right, negative_slope, published
     ):  # fmt: skip
-        self.p = p = Problem(q, k, v, None, None, None, None, key_mask, scale, 0.0, shift, left, right, True)
+        self.p = p = Problem(
+            q, k, v, None, None, None, None, None, key_mask, scale, 0.0, shift, left, right, True, None, None
+        )  # fmt: skip
         table, line, rows, first, last, last_bias = base
         self.base = 1 if table is not None else 2 if line is not None else 0
         self.heads, self.units, self.taps = w2.shape

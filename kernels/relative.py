@@ -48,21 +48,22 @@ def band_of_head(rule, b, h, row, end):
 
 @triton.jit
 def band_rows(rule, h, i, m0, origin):
-    """The keys at which the queries stand."""
-    return i - rule.shift
+    """The keys at which the queries stand, and the first of them."""
+    return (i - rule.shift, m0 - rule.shift)
 
 
 @triton.jit
-def band_pointers(base, S, i, j, stride):
-    # Rows of a tile that reach over the last one read that.
-    return (base + tl.minimum(i, S[1]).to(tl.int64) * stride + i.to(tl.int64)) - j.to(tl.int64)
+def band_pointers(base, S, R, j, stride):
+    # In 32 bits but for what the tile has in common. Rows that reach over the last one read that.
+    row = (tl.minimum(R[0], S[1]) - R[1]) * stride + (R[0] - R[1])
+    return (base + R[1].to(tl.int64) * (stride + 1)) + row.to(tl.int64) - j.to(tl.int64)
 
 
 @triton.jit
 def add_band(s, scale, S, R, C, j, first, last, rule):
     l = s * scale
     if (last + rule.shift > -rule.width) & (first + rule.shift <= 0):
-        l += load_band(band_pointers(S[0], S, R, j, rule.stride_l), R - j, rule.width) * LOG2E
+        l += load_band(band_pointers(S[0], S, R, j, rule.stride_l), R[0] - j, rule.width) * LOG2E
     return l
 
 
@@ -71,8 +72,8 @@ def band_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.c
     if (last + rule.shift > -rule.width) & (first + rule.shift <= 0):
         j = n0 + tl.arange(0, ds.shape[1])[None, :]
         pointers = band_pointers(S[2], S, R, j, rule.grad_l)
-        index = R - j
-        inside = (index >= 0) & (index < rule.width) & (S[1] >= R)
+        index = R[0] - j
+        inside = (index >= 0) & (index < rule.width) & (S[1] >= R[0])
         tl.store(pointers, ds.to(rule.grad.dtype.element_ty), mask=inside)
     return T
 

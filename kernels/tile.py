@@ -80,11 +80,14 @@ def store_rows(base, first, stride, length, value, ROWS: tl.constexpr, HEAD_DIM:
 
 @triton.jit
 def load_lse(LSE, DLSE, delta, row, i, length):
-    """Base-2 lse and delta - dlse of rows row + i; a row that saw nothing gets an lse that makes every p of it zero."""
+    """Base-2 lse and delta - dlse of rows row + i; a row that saw nothing gets an lse that makes every p of it zero.
+
+    With a sink as good as none, such a row's lse is that sink and not -inf.
+    """
     lse = tl.load(LSE + row + i, mask=i < length, other=-float("inf"))
     if DLSE is not None:
         delta -= tl.load(DLSE + row + i, mask=i < length, other=0.0)
-    dead = lse == -float("inf")
+    dead = lse <= DEAD
     return tl.where(dead, -HIDDEN, lse * LOG2E), tl.where(dead, 0.0, delta)
 
 

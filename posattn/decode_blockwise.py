@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import _empty_outputs
+from .ops import empty_outputs
 from .strips import DEAD, INVISIBLE
 
 SLOPE = 0.01  # of the LeakyReLU in a DAPE
@@ -319,7 +319,7 @@ def _joined(
     lse = lse.contiguous()
     if out.dtype == q.dtype and q.is_contiguous():
         return out.contiguous(), lse
-    into = _empty_outputs(q, v)[0]
+    into = empty_outputs(q, v)[0]
     return into.copy_(out), lse
 
 

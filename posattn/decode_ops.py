@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import _empty_outputs, _no_autocast
+from .ops import empty_outputs, no_autocast
 
 _CACHE = "Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? seqlens"
 _SEEN = "Tensor? sinks, Tensor? key_mask, float scale"
@@ -64,9 +64,9 @@ def _forward(
     (Hq,), of the table's dtype. key_mask (B, Lk) bool. left, right and softcap as in attend_forward.
     """
     if q.numel() == 0 or k.numel() == 0:
-        out, lse = _empty_outputs(q, v)
+        out, lse = empty_outputs(q, v)
         return out.zero_(), lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None].expand(lse.shape))
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor] = _module(backend).forward(
             q,
             k,
@@ -115,9 +115,9 @@ def _mix_forward(
 ) -> tuple[Tensor, Tensor]:
     """The same with the scores of mix_forward; the base is nothing, a table or a strip. O(Lq Lk Hq) memory."""
     if q.numel() == 0 or k.numel() == 0:
-        out, lse = _empty_outputs(q, v)
+        out, lse = empty_outputs(q, v)
         return out.zero_(), lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None].expand(lse.shape))
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor] = _module(backend).mix_forward(
             q,
             k,
@@ -144,12 +144,12 @@ def _mix_forward(
 
 @torch.library.register_fake("posattn::decode_forward")  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v)
+    return empty_outputs(q, v)
 
 
 @torch.library.register_fake("posattn::decode_mix_forward")  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v)
+    return empty_outputs(q, v)
 
 
 def _module(backend: str) -> Any:

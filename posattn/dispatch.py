@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .attend import Attend
 from .biases.bias import Bias
 from .biases.dape import DAPE
 from .dropout import draw
 from .mix_ops import Mix
-from .ops import Attend, Sequences
+from .ops import Sequences
 
 
 def attend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, option_checks
 from .biases.bias import Bias
 from .biases.dape import DAPE
 from .decode import MAX_QUERIES, decode, wants_gradient
@@ -95,7 +95,7 @@ def attention_with_kvcache(
     if block_table is not None and cache_seqlens is None:
         raise ValueError("cache_seqlens must be given with block_table, got None")
     _check_mask(key_padding_mask, query, room)
-    checks.check_sinks(sinks, query, query.shape[1])
+    option_checks.check_sinks(sinks, query, query.shape[1])
     checks.check_return_lse(return_lse)
     rule = checks.check_rule(
         query,
@@ -199,7 +199,7 @@ def _check_seqlens(seqlens: Tensor | None, query: Tensor, room: int) -> None:
         )
     if seqlens.device != query.device:
         raise ValueError(f"cache_seqlens must be on query's device {query.device}, got {seqlens.device}")
-    if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or checks.is_fake(seqlens):
+    if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or option_checks.is_fake(seqlens):
         return
     lengths = seqlens.tolist()
     if lengths and not 0 <= min(lengths) <= max(lengths) <= room:

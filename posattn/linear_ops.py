@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attend import RefuseSecond
 from .feature_maps import draw_projection
-from .ops import CHECKPOINT_OPS, _no_autocast, _RefuseSecond
+from .ops import CHECKPOINT_OPS, no_autocast
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -63,7 +64,7 @@ def _forward(
     made = _empty(q, v, want_state)
     if made[0].numel() == 0 and made[2].numel() == 0:
         return made
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _module(backend, q, k).forward(
             q,
             k,
@@ -108,7 +109,7 @@ def _backward(
     need = (need_q, need_kv, need_kv, need_state, need_state)
     if q.shape[0] * q.shape[1] == 0:
         return _empty_gradients(like, need)
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         gradients: Gradients = _module(backend, q, k).backward(
             grad_out,
             grad_state,
@@ -233,7 +234,7 @@ class LinearAttend(torch.autograd.Function):
         return *(grad if want else None for grad, want in zip(gradients, wanted)), *nothing
 
 
-class _RefuseSecondOfLinear(_RefuseSecond):
+class _RefuseSecondOfLinear(RefuseSecond):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import CHECKPOINT_OPS, _empty_outputs, _no_autocast, _RefuseSecond
+from .attend import RefuseSecond
+from .ops import CHECKPOINT_OPS, empty_outputs, no_autocast
 
 _TENSORS = (
     "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? table, Tensor? line, Tensor? rows, Tensor? first,"
@@ -81,7 +82,7 @@ def _forward(
     if q.numel() == 0 or k.numel() == 0:
         out, lse, rest = _empty(q, v, keep_rest, backend)
         return out.zero_(), lse.fill_(-math.inf), rest.zero_()
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor, Tensor | None] = _module(backend).forward(
             q,
             k,
@@ -147,7 +148,7 @@ def _backward(
     need = (need_q, need_kv, need_weights, need_base)
     if q.numel() == 0 or k.numel() == 0:
         return tuple(gradient.zero_() for gradient in _empty_gradients(like, need))
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         gradients: Gradients = _module(backend).backward(
             grad_out,
             grad_lse,
@@ -202,7 +203,7 @@ def _has_rest(q: Tensor, keep_rest: bool, backend: str) -> bool:
 
 
 def _empty(q: Tensor, v: Tensor, keep_rest: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = _empty_outputs(q, v)
+    out, lse = empty_outputs(q, v)
     return out, lse, torch.empty_like(out) if _has_rest(q, keep_rest, backend) else q.new_empty(0)
 
 
@@ -263,6 +264,6 @@ class Mix(torch.autograd.Function):
         need = (wanted[0], any(wanted[1:3]), any(wanted[3:7]), any(wanted[7:]))
         # Grad mode is on only under create_graph=True. AOTAutograd, which traces this, has its own refusal.
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = partial(_RefuseSecond.apply, mix_backward) if recorded else mix_backward
+        backward = partial(RefuseSecond.apply, mix_backward) if recorded else mix_backward
         gradients = backward(grad_out, grad_lse, *saved, *ctx.rule, *need, ctx.backend)  # type: ignore[no-untyped-call]
         return *(grad if want else None for grad, want in zip(gradients, wanted)), *nothing

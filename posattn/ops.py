@@ -1,7 +1,7 @@
-"""The operators: every torch.library line, and the autograd.Function that joins forward and backward.
+"""The operators: every torch.library line of attention with a bias that is added.
 
 The operators are opaque (torch.compile cannot look into a kernel whose arguments are functions, and need not)
-and know no autograd: called by themselves they give no gradient, `Attend` does. The same two functions,
+and know no autograd: called by themselves they give no gradient, `attend.Attend` does. The same two functions,
 `forward` and `backward`, exist in blockwise.py and in kernels/launch.py; these docstrings hold for all three.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,9 +102,9 @@ def _forward(
     (see dropout.py).
     """
     if q.numel() == 0 or k.numel() == 0:  # no kernel needs to know of grids without programs
-        out, lse = _empty_outputs(q, v)
+        out, lse = empty_outputs(q, v)
         return out.zero_(), _lse_of_nothing(lse, sinks)
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor] = _module(backend).forward(
             q,
             k,
@@ -178,7 +177,7 @@ def _backward(
         if need_sinks and sinks is not None:
             grads[-1] = _sinks_gradient(grad_out, grad_lse, out, lse, sinks)
         return tuple(grads)
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         gradients: Any = _module(backend).backward(
             grad_out,
             grad_lse,
@@ -221,7 +220,7 @@ def _backward(
 
 @torch.library.register_fake("posattn::attend_forward")  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v)
+    return empty_outputs(q, v)
 
 
 @torch.library.register_fake("posattn::attend_backward")  # type: ignore[untyped-decorator]
@@ -235,7 +234,7 @@ def _(
     return _empty_gradients(q, k, v, bias, options.get("sinks"), *needs)
 
 
-def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     *rows, head_dim = q.shape
     value_dim = v.shape[-1]
     out = torch.empty_like(q) if value_dim == head_dim else q.new_empty((*rows, value_dim))
@@ -316,7 +315,7 @@ def _module(backend: str) -> Any:
     return launch
 
 
-def _no_autocast(device_type: str) -> Any:
+def no_autocast(device_type: str) -> Any:
     """Autocast has done its work when q, k, v arrive: inside, fp32 accumulators must stay fp32."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -328,93 +327,3 @@ attend_backward = torch.ops.posattn.attend_backward.default
 
 # For torch.utils.checkpoint.create_selective_checkpoint_contexts: what to keep instead of computing it again.
 CHECKPOINT_OPS = [attend_forward]
-
-
-class Attend(torch.autograd.Function):
-    """attend_forward, differentiable once by q, k, v and every part of a bias, in out and in lse.
-
-    Its arguments are those of attend_forward, in an order of its own, and tails_need_grad.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor | None,
-        support: Tensor | None,
-        slopes: Tensor | None,
-        line: Tensor | None,
-        rows: Tensor | None,
-        knots: Tensor | None,
-        pieces: Tensor | None,
-        relative: Tensor | None,
-        sinks: Tensor | None,
-        key_mask: Tensor | None,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
-        max_q: int,
-        max_k: int,
-        dropout_p: float,
-        seed: Tensor | None,
-        scale: float,
-        softcap: float,
-        shift: int,
-        left: int,
-        right: int,
-        symmetric: bool,
-        tails_need_grad: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        rule = (scale, softcap, shift, left, right, symmetric)
-        bias = (table, support, slopes, line, rows, knots, pieces)
-        numbers = dict(max_q=max_q, max_k=max_k, dropout_p=dropout_p)
-        tensors = dict(relative=relative, sinks=sinks, cu_q=cu_q, cu_k=cu_k, seed=seed)
-        out, lse = attend_forward(q, k, v, *bias, key_mask, *rule, backend, **tensors, **numbers)
-        ctx.save_for_backward(q, k, v, out, lse, *bias, key_mask, relative, sinks, cu_q, cu_k, seed)
-        ctx.rule = (*rule, tails_need_grad)
-        ctx.numbers, ctx.backend = numbers, backend
-        # Determinism is decided where the user sees it; backward may run in another thread, much later.
-        ctx.deterministic = torch.are_deterministic_algorithms_enabled()
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad
-        if grad_out is None and grad_lse is None:
-            return (None,) * len(wanted)
-        *saved, relative, sinks, cu_q, cu_k, seed = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(saved[3])
-        need_q, need_k, need_v, need_table, _, _, *need_scaled, need_relative, need_sinks = wanted[:12]
-        need = (need_q, need_k or need_v, need_table or any(need_scaled) or need_relative)
-        # Grad mode is on only under create_graph=True. AOTAutograd, which traces this, has its own refusal.
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        tensors = dict(relative=relative, sinks=sinks, cu_q=cu_q, cu_k=cu_k, seed=seed)
-        backward = partial(attend_backward, **tensors, **ctx.numbers, need_sinks=need_sinks)
-        if recorded:
-            backward = partial(_RefuseSecond.apply, backward)
-        settings = (*ctx.rule, *need, ctx.deterministic, ctx.backend)
-        made = backward(grad_out, grad_lse, *saved, *settings)
-        dq, dk, dv, dtable, dline, drows, dpieces, drelative, dsinks = made
-        gradients = [dq, dk, dv, dtable, None, None, dline, drows, None, dpieces, drelative, dsinks]
-        gradients += [None] * (len(wanted) - len(gradients))
-        return tuple(grad if want else None for grad, want in zip(gradients, wanted))
-
-
-class _RefuseSecond(torch.autograd.Function):
-    """An operator's backward, with an error of our own where its derivative is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, backward: Any, *args: Any) -> tuple[Tensor, ...]:
-        gradients: tuple[Tensor, ...] = backward(*args)
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "posattn.attention has no second derivative: for a gradient of its gradient (gradient penalty, "
-            "Hessian-vector product), call posattn.attention_reference there, which takes the same arguments"
-        )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, option_checks
 from .biases.bias import Bias
 from .biases.dape import DAPE
 
@@ -53,10 +53,10 @@ def attention_reference(
     checks.check_together(query, key, value, enable_gqa)
     checks.check_bias(bias, query, query.shape[2], key.shape[2])
     checks.check_key_padding_mask(key_padding_mask, query, key)
-    checks.check_relative_logits(relative_logits, bias, tuple(query.shape[:3]), query)
-    checks.check_sinks(sinks, query, query.shape[1])
-    checks.check_dropout(dropout_p, bias)
-    checks.check_document_ids(document_ids, query, key, query_start, key_start)
+    option_checks.check_relative_logits(relative_logits, bias, tuple(query.shape[:3]), query)
+    option_checks.check_sinks(sinks, query, query.shape[1])
+    option_checks.check_dropout(dropout_p, bias)
+    option_checks.check_document_ids(document_ids, query, key, query_start, key_start)
     rule = checks.check_rule(
         query,
         key,

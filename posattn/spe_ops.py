@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import CHECKPOINT_OPS, _no_autocast, _RefuseSecond
+from .attend import RefuseSecond
+from .ops import CHECKPOINT_OPS, no_autocast
 
 _SINE = (
     "Tensor q, Tensor k, Tensor turns, Tensor phases, Tensor gains, Tensor noise, Tensor? gate_gains,"
@@ -66,7 +67,7 @@ def _sine_forward(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     and gate_gains (H, D) are float64 for every dtype of q; noise z (H, D, 2 K, R) and gate_noise e (H, D, R) are
     float32 (float64 with float64 q). The gate's two are given or not together. Positions are at least 0.
     """
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         made: tuple[Tensor, Tensor] = _module(args[-1], q, k).sine_forward(
             q, k, **dict(zip(_SINE_NAMES, args))
         )
@@ -77,7 +78,7 @@ def _sine_forward(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _sine_backward(grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, *args: Any) -> Gradients:
     """Gradients of q, k, turns, phases, gains, gate_gains, each like its tensor; (0,) for what is not needed."""
     named = dict(zip(_SINE_NAMES + _NEED, args))
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         made: Gradients = _module(args[-1], q, k).sine_backward(grad_q, grad_k, q, k, **named)
     return _each_own(made, (q, k, *args[:3], args[4]), *args[-3:-1])
 
@@ -91,7 +92,7 @@ def _conv_forward(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     are float32 (float64 with float64 q); noise z is (H, D, T, R) of that dtype with T at least P - 1 beyond the
     last position, or int64 (1,): the seed that `posattn.noise.normal` makes it of.
     """
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         made: tuple[Tensor, Tensor] = _module(args[-1], q, k).conv_forward(
             q, k, **dict(zip(_CONV_NAMES, args))
         )
@@ -102,7 +103,7 @@ def _conv_forward(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _conv_backward(grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, *args: Any) -> Gradients:
     """Gradients of q, k, filter_q, filter_k, gate_gains, each like its tensor; (0,) for what is not needed."""
     named = dict(zip(_CONV_NAMES + _NEED, args))
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         made: Gradients = _module(args[-1], q, k).conv_backward(grad_q, grad_k, q, k, **named)
     return _each_own(made, (q, k, *args[:2], args[4]), *args[-3:-1])
 
@@ -226,7 +227,7 @@ def _differentiate(
     return [grad if want else None for grad, want in zip(gradients, wanted)]
 
 
-class _RefuseSecondOfCodes(_RefuseSecond):
+class _RefuseSecondOfCodes(RefuseSecond):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, option_checks
 from .biases.bias import Bias
 from .biases.dape import DAPE
 from .dispatch import attend, autocast
@@ -69,22 +69,22 @@ def attention_varlen(
         True
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.check_packed(name, tensor)
-    checks.check_sequences("q", cu_seqlens_q, max_seqlen_q, query)
-    checks.check_sequences("k", cu_seqlens_k, max_seqlen_k, key)
+        option_checks.check_packed(name, tensor)
+    option_checks.check_sequences("q", cu_seqlens_q, max_seqlen_q, query)
+    option_checks.check_sequences("k", cu_seqlens_k, max_seqlen_k, key)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         came = f"{len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of as many sequences, got {came}")
     shape = tuple(query.shape[:2])
-    checks.check_relative_logits(relative_logits, bias, shape, query)
+    option_checks.check_relative_logits(relative_logits, bias, shape, query)
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.check_tensor(name, tensor)
     query, key, value = autocast(query, key, value)
     checks.check_together(query, key, value, enable_gqa)
     checks.check_bias(bias, query, max_seqlen_q, max_seqlen_k)
-    checks.check_sinks(sinks, query, query.shape[1])
-    checks.check_dropout(dropout_p, bias)
+    option_checks.check_sinks(sinks, query, query.shape[1])
+    option_checks.check_dropout(dropout_p, bias)
     checks.check_return_lse(return_lse)
     rule = checks.check_rule(
         query,

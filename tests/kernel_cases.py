@@ -9,7 +9,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from oracle import fire
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +85,8 @@ def make(case: Case) -> dict[str, Any]:
         return torch.randn(shape, generator=generator)
 
     d, h = case.head_dim, case.heads
-    q, k, v, do = normal(batch, h, lq, d), normal(batch, case.key_heads, lk, d), normal(batch, case.key_heads, lk, d), normal(batch, h, lq, d)  # fmt: skip
+    q, do = normal(batch, h, lq, d), normal(batch, h, lq, d)
+    k, v = normal(batch, case.key_heads, lk, d), normal(batch, case.key_heads, lk, d)
     made: dict[str, Any] = dict(q=q, k=k, v=v, do=do, dlse=normal(batch, h, lq) if case.lse_grad else None)
     flat_q, flat_k = (torch.tensor([n for entry in x for n in entry]) for x in (case.queries, keys))
     max_q, max_k = int(flat_q.max()), int(flat_k.max())

@@ -59,7 +59,7 @@ def test_its_text_says_how_it_is_called_and_what_it_printed(name):
     text = (ROOT / "examples" / f"{name}.py").read_text()
     documentation = text.split('"""')[1]
     assert f"python examples/{name}.py --quick" in documentation
-    assert "It printed, on two cores of a CPU" in documentation
+    assert "It printed, with one thread of a busy CPU" in documentation
     assert "{" not in documentation
 
 

@@ -48,13 +48,13 @@ class Block(nn.Module):
         return x + self.mix(out.transpose(1, 2).flatten(2))
 
 
-def build(attention=posattn.attention, names=tuple(BIASES)) -> nn.Sequential:
+def build(attention=posattn.attention, dtype=torch.float64) -> nn.Sequential:
     torch.manual_seed(1)
-    return nn.Sequential(*(Block(BIASES[name](HEADS), attention) for name in names))
+    return nn.Sequential(*(Block(BIASES[name](HEADS), attention) for name in BIASES)).to(dtype)
 
 
-def batch() -> Tensor:
-    return torch.randn(4, 12, HEADS * DIM, generator=torch.Generator().manual_seed(2))
+def batch(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(4, 12, HEADS * DIM, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
 def train(model: nn.Module, x: Tensor) -> Tensor:
@@ -64,21 +64,30 @@ def train(model: nn.Module, x: Tensor) -> Tensor:
     for _ in range(2):
         optimizer.zero_grad()
         outs.append(model(x))
-        outs[-1].float().sin().mean().backward()
+        (outs[-1].float() if outs[-1].dtype == torch.bfloat16 else outs[-1]).sin().mean().backward()
         optimizer.step()
     return outs[0].detach()
 
 
-def same_parameters(ours: nn.Module, theirs: nn.Module, start: nn.Module, tolerance: float) -> None:
-    """The way that two steps have gone, of every parameter."""
+def same_parameters(
+    ours: nn.Module, theirs: nn.Module, start: nn.Module, tolerance: float, least: float
+) -> None:
+    """The way that two steps have gone, of every parameter, beside its longest or `least`."""
     before = start.state_dict()
     for name, value in ours.state_dict().items():
         assert isinstance(value, DTensor)
         way, expected = value.full_tensor() - before[name], theirs.state_dict()[name] - before[name]
-        limit = expected.abs().max().clamp(min=1e-4)
+        limit = expected.abs().max().clamp(min=least)
         torch.testing.assert_close(
             way / limit, expected / limit, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def same_evaluation(ours: nn.Module, theirs: nn.Module) -> None:
+    """Without gradients, where few queries take the path of decoding, which keeps what it can from call to call."""
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(ours(batch()), theirs(batch()))
 
 
 def sharded(own_group: bool, rank: int) -> None:
@@ -89,15 +98,15 @@ def sharded(own_group: bool, rank: int) -> None:
         fully_shard(block)
     fully_shard(own)
     rows = slice(2 * rank, 2 * rank + 2)
+    same_evaluation(own, whole)
     torch.testing.assert_close(train(own, batch()[rows]), train(whole, batch())[rows])
-    same_parameters(own, whole, start, 1e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(own(batch()), whole(batch()))
+    same_parameters(own, whole, start, 1e-7, 1e-6)
+    same_evaluation(own, whole)
 
 
 def in_bfloat16(rank: int) -> None:
     """Weights and activations in bfloat16, the biases' formulas with float32 parameters."""
-    start, whole, own = build(), build(), build()
+    start, whole, own = (build(dtype=torch.float32) for _ in range(3))
     bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in own:
         fully_shard_bias(block.bias)
@@ -105,12 +114,12 @@ def in_bfloat16(rank: int) -> None:
     fully_shard(own, mp_policy=bfloat16)
     SEEN.clear()
     rows = slice(2 * rank, 2 * rank + 2)
-    out = train(own, batch()[rows])
+    out = train(own, batch(torch.float32)[rows])
     assert out.dtype == torch.bfloat16
     assert len(SEEN) == 2
     assert torch.equal(SEEN[0], start[0].bias.amplitudes)  # bit by bit, and float32
-    torch.testing.assert_close(out.float(), train(whole, batch())[rows], rtol=5e-2, atol=5e-2)
-    same_parameters(own, whole, start, 0.1)
+    torch.testing.assert_close(out.float(), train(whole, batch(torch.float32))[rows], rtol=5e-2, atol=5e-2)
+    same_parameters(own, whole, start, 0.1, 1e-3)
     for block in own:
         assert all(
             p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in block.bias.parameters()
@@ -128,7 +137,7 @@ def with_context(own_group: bool, rank: int) -> None:
     fully_shard(own)
     out = train(own, shard(batch(), 1))
     torch.testing.assert_close(gather(out, 1), train(whole, batch()))
-    same_parameters(own, whole, start, 1e-4)
+    same_parameters(own, whole, start, 1e-7, 1e-6)
 
 
 @gloo

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from kernel_cases import DEVICE, Case, call, check, kept, make, words
+
 from posattn.kernels import dropout
 
 pytestmark = pytest.mark.triton

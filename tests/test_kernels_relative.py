@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from kernel_cases import DEVICE, Case, call, check, error, expected, make
+
 from posattn.kernels import configs
 
 pytestmark = pytest.mark.triton

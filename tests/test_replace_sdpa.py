@@ -15,8 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 from torch.utils.checkpoint import checkpoint
 
 import posattn
-from posattn import DAPE, FIRE, KERPLE, TISA, ALiBi
-from posattn.sdpa import replace_sdpa
+from posattn import DAPE, FIRE, KERPLE, TISA, ALiBi, replace_sdpa
 
 HEADS, DIM = 4, 8
 CLOSE = dict(rtol=1e-9, atol=1e-10)
@@ -411,8 +410,3 @@ def test_models_of_transformers():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat(later, dim=1), expected[:, 5:], rtol=1e-4, atol=1e-5)
     assert (plain - expected).abs().max() > 1e-3
-
-
-def test_exported():
-    if hasattr(posattn, "replace_sdpa"):
-        assert posattn.replace_sdpa is replace_sdpa

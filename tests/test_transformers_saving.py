@@ -217,3 +217,20 @@ def test_without_posattn_the_plain_model_is_loaded(tmp_path):
         "assert not [k for k in model.state_dict() if 'position_bias' in k]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+
+
+def test_a_file_without_one_parameter_of_a_bias(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = integration.attach(build("gpt2", dtype=torch.float32), lambda layer, heads: strong(posattn.TISA(heads)))
+    name = "transformer.h.0.attn.position_bias"
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[f"{name}.offsets"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path).get_submodule(name)
+    ours = model.get_submodule(name)
+    assert torch.equal(loaded.amplitudes, ours.amplitudes)
+    assert torch.equal(loaded.sharpness, ours.sharpness)
+    assert loaded.offsets.isfinite().all()
+    assert not torch.equal(loaded.offsets, ours.offsets)

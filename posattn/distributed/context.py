@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, option_checks
 from ..biases.bias import Bias
 from ..biases.dape import DAPE
 from ..dispatch import autocast, with_sinks
@@ -117,9 +117,9 @@ def context_parallel_attention(
     length = whole_length(length, query.shape[2], processes, order)
     checks.check_bias(bias, query, length, length)
     checks.check_key_padding_mask(key_padding_mask, query, key)
-    checks.check_relative_logits(relative_logits, bias, tuple(query.shape[:3]), query)
-    checks.check_sinks(sinks, query, query.shape[1])
-    checks.check_dropout(dropout_p, bias)
+    option_checks.check_relative_logits(relative_logits, bias, tuple(query.shape[:3]), query)
+    option_checks.check_sinks(sinks, query, query.shape[1])
+    option_checks.check_dropout(dropout_p, bias)
     checks.check_return_lse(return_lse)
     rule = checks.check_rule(
         query,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from ..biases.bias import Bias
 from ..biases.dape import DAPE
-
-# What attention asks of a bias: there, as in the forward of other modules, the parameters must be whole.
-METHODS = ("table", "scaled", "slopes", "support", "network")
+from .heads import formula_of
 
 
 def fully_shard_bias(bias: Bias | DAPE, **keywords: Any) -> Bias | DAPE:
@@ -24,8 +26,7 @@ def fully_shard_bias(bias: Bias | DAPE, **keywords: Any) -> Bias | DAPE:
             fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         fully_shard(model)
 
-    The parameters, gathered once, stay so until backward (reshard_after_forward=False): they are few. With
-    `shard_heads`, that comes first.
+    With `shard_heads`, that comes first.
 
     Args:
         bias: a `posattn.Bias` or a `posattn.DAPE`.
@@ -38,8 +39,33 @@ def fully_shard_bias(bias: Bias | DAPE, **keywords: Any) -> Bias | DAPE:
     if not isinstance(bias, (Bias, DAPE)):
         raise TypeError(f"bias must be a posattn.Bias or a posattn.DAPE, got {type(bias).__name__}")
     own = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(bias, **{"mp_policy": own, "reshard_after_forward": False, **keywords})
-    for method in METHODS:
-        if hasattr(bias, method):
-            register_fsdp_forward_method(bias, method)
+    methods = _methods(bias)
+    fully_shard(bias, **{"mp_policy": own, **keywords})
+    for method in methods:
+        setattr(bias, method, _copying(getattr(bias, method)))
+        register_fsdp_forward_method(bias, method)
     return bias
+
+
+def _copying(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with results of its own: a parameter among them would be freed as soon as it is returned."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **keywords: Any) -> Any:
+        made = method(*args, **keywords)
+        if isinstance(made, Tensor):
+            return made.clone()
+        if isinstance(made, tuple):
+            return type(made)(*(part.clone() if isinstance(part, Tensor) else part for part in made))
+        return made
+
+    return call
+
+
+def _methods(bias: Bias | DAPE) -> list[str]:
+    """What attention asks of this bias and what reads parameters, which must be whole there as in a forward."""
+    if isinstance(bias, DAPE):
+        return ["network"]
+    kind: Any = formula_of(bias)
+    own = [name for name in ("scaled", "slopes", "support") if getattr(kind, name) is not getattr(Bias, name)]
+    return own if "scaled" in own else ["table", *own]

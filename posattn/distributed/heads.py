@@ -130,7 +130,9 @@ class HeadShard(Bias):
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The method of the bias's own class, on the tensors here."""
-        formula = self._shard[0]
+        formula: Any = self._shard[0]
+        if method in ("scaled", "slopes", "support") and getattr(formula, method) is getattr(Bias, method):
+            return None
         return getattr(formula, method)(with_tensors(self, formula, self._local_tensors()), *args, **kwargs)
 
     def _local_tensors(self) -> dict[str, Tensor]:
@@ -150,6 +152,11 @@ class HeadShard(Bias):
         if tensor.shape[dim] != whole:
             return tensor
         return tensor.narrow(dim, self._shard[1].get_local_rank() * count, count)
+
+
+def formula_of(bias: Bias) -> type[Bias]:
+    """The class whose formula a bias has."""
+    return bias._shard[0] if isinstance(bias, HeadShard) else type(bias)
 
 
 def summed(tensors: Mapping[str, Tensor], groups: list[Any]) -> dict[str, Tensor]:

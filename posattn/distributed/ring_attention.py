@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import _RefuseSecond
+from ..attend import RefuseSecond
 from .layout import Pair, hops, pairs, shard_length
 from .pair_scores import FAMILIES, Needs, Numbers, Parts, cut, of_last_bias
 from .ring import Exchange, Parcel, Ring
@@ -85,7 +85,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         backward = partial(_backward, ctx.call, ctx.names, ctx.needs_input_grad)
         if torch.is_grad_enabled():  # only under create_graph=True
-            backward = partial(_RefuseSecond.apply, backward)
+            backward = partial(RefuseSecond.apply, backward)
         made = backward(grad_out, grad_lse, *ctx.saved_tensors)
         return None, None, *made[:3], None, None, *made[3:]
 

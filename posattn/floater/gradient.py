@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from ..attend import RefuseSecond
 from ..biases.bias import no_autocast
-from ..ops import _RefuseSecond
 from .path import Path, Plan, worst_vector
 from .reading import Reader, Times, gradients, locate, read_with_grad
 from .runge_kutta import METHODS, Field, Slopes, coefficients, step, times_of
@@ -199,7 +199,7 @@ def _retrace(
     return grad_state, grads
 
 
-class _RefuseSecondOfSolve(_RefuseSecond):
+class _RefuseSecondOfSolve(RefuseSecond):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(SECOND)

@@ -164,6 +164,7 @@ CONFIGS: dict[tuple[str, str, int, int], Config] = {
 OWN: dict[tuple[str, str, int, int, str], Config] = {
     ("sm_90", "diagonals", 16, 256, "Scaled"): Config(32, 32, 8, 2),
     ("sm_90", "forward", 32, 128, "Scaled"): Config(128, 32, 8, 1),
+    ("sm_100", "rows", 16, 128, "RelativeGradient"): Config(128, 32, 8, 2),
 }
 
 

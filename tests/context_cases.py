@@ -90,7 +90,9 @@ def cases() -> dict[str, Case]:
 CASES = cases()
 INTERPRETED = {
     "triton": Case("kerple", dtype=torch.float32, length=21, key_heads=2, sinks=True),
-    "triton, fire": Case("fire", dtype=torch.float32, length=21, order="contiguous", causal=False),
+    "triton, fire": Case(
+        "fire", dtype=torch.float32, length=21, order="contiguous", causal=False, masked=True
+    ),
     "triton, dape": Case("dape", dtype=torch.float16, length=21, masked=True),
 }
 CASES |= {name: case._replace(options=(("backend", "triton"),)) for name, case in INTERPRETED.items()}

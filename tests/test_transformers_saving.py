@@ -222,7 +222,9 @@ def test_without_posattn_the_plain_model_is_loaded(tmp_path):
 def test_a_file_without_one_parameter_of_a_bias(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    model = integration.attach(build("gpt2", dtype=torch.float32), lambda layer, heads: strong(posattn.TISA(heads)))
+    model = integration.attach(
+        build("gpt2", dtype=torch.float32), lambda layer, heads: strong(posattn.TISA(heads))
+    )
     name = "transformer.h.0.attn.position_bias"
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

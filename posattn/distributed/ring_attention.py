@@ -127,12 +127,12 @@ def _backward(
             rows, columns = pair.rows, pair.columns
             made = family.backward(
                 grad_out[:, :, rows],
-                None if grad_lse is None else grad_lse[:, :, rows],
+                None if grad_lse is None else grad_lse[:, :, rows].contiguous(),
                 q[:, :, rows],
                 keys[:, :, columns],
                 values[:, :, columns],
                 tuple(t[:, :, rows] if t.dim() == 4 else t for t in outputs),
-                lse[:, :, rows],
+                lse[:, :, rows].contiguous(),  # as forward would have made it
                 None if mask is None else mask[:, columns],
                 named,
                 seed,

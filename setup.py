@@ -57,6 +57,7 @@ setup(
         "transformers": ["transformers>=4.57"],
         "bench": ["matplotlib>=3.8", "rich>=13"],
         "test": [
+            "accelerate>=1",  # for transformers.Trainer
             "hypothesis>=6.100",
             "numpy>=1.26",  # Triton's interpreter needs it, and below 2.4 with Triton 3.6
             "pytest>=8",
@@ -64,6 +65,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "setuptools>=77",  # the wheel is built by a test
+            "transformers>=4.57",
         ],
         "lint": ["mypy>=1.15", "ruff>=0.12"],
     },

@@ -1,7 +1,7 @@
-"""Decoding's kernels ahead of time: what each compiles to, instructions and bytes a key of the cache, and a prediction.
+"""Decoding's kernels ahead of time: what each compiles to, instructions and bytes a key, and a prediction.
 
-As in aot.py the launches are written down on meta tensors instead of made. A row's "rule" says what is read beside K and
-V: a bias, pages, packed heads; the tile is as many rows (16 at least) by BLOCK_N keys.
+As in aot.py the launches are written down on meta tensors instead of made. A row's "rule" says what is read beside K
+and V: a bias, pages, packed heads; the tile is as many rows (16 at least) by BLOCK_N keys.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def launches(
                     decode_launch.mix_forward(q, k, v, *weights, **call, published=False)
                 else:
                     more = dict(slopes=empty(heads) if form.bias == "slopes" else None, softcap=form.softcap)
-                    more["relative"] = empty(batch, heads, queries, BAND, dtype=dtype) if form.bias == "relative" else None
+                    band = empty(batch, heads, queries, BAND, dtype=dtype)
+                    more["relative"] = band if form.bias == "relative" else None
                     decode_launch.forward(q, k, v, **call, **more, symmetric=True)
             finally:
                 decode_launch.arch = kept_arch
@@ -147,7 +148,9 @@ def bytes_per_key(form: Form, width: int) -> float:
     return made + 16 * form.heads * form.queries * bool(form.taps)  # scores and logits, written and read
 
 
-def predict(form: Form, width: int, batch: int, length: int, row: dict[str, Any], splits: int) -> dict[str, float]:
+def predict(
+    form: Form, width: int, batch: int, length: int, row: dict[str, Any], splits: int
+) -> dict[str, float]:
     """Seconds of decode_split with its combination, by bytes and by instructions; the longer of both counts."""
     moved = batch * length * bytes_per_key(form, width)
     programs = batch * form.key_heads * splits
@@ -164,8 +167,8 @@ def predict(form: Form, width: int, batch: int, length: int, row: dict[str, Any]
 def prediction() -> str:
     """A table for a reader: one call inside of a CUDA graph."""
     lines = [
-        "Decoding, predicted for an H200, not measured: one query, bf16, D 128, inside of a CUDA graph. The floor is the",
-        "bytes of K and V at 4.3 TB/s; a call takes the longer of its bytes and its instructions, the start and end of",
+        "Decoding, predicted for an H200, not measured: one query, bf16, D 128, inside of a CUDA graph. The floor is",
+        "the bytes of K and V at 4.3 TB/s; a call takes the longer of its bytes and its instructions, the start and end of",
         "its kernels (2.5 us), and 3 us more where splits are combined.",
         " B  Hq  Hk        N  bias    splits  instr/key  bytes/key  floor us  total us  floor/total",
     ]
@@ -187,4 +190,3 @@ def prediction() -> str:
                         f"{made['total'] * 1e6:9.1f} {made['floor'] / made['total']:12.2f}"
                     )
     return "\n".join(lines)
-

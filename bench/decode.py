@@ -2,8 +2,8 @@
 
 On a GPU: bf16, D 128, 16 heads, each call inside of a CUDA graph, over so many copies of the cache that none is left in
 L2; the floor is the bytes of K and V at 4.3 TB/s, the copy speed of an H200. "none" is no bias, "TISA" and "ALiBi" a
-bias; SDPA gets TISA's row as its mask, FlexAttention reads it from a table. On the CPU: fp32, D 64, 12 heads, and what a
-call costs beside its arithmetic. The job stops at its budget and says what it did not reach.
+bias; SDPA gets TISA's row as its mask, FlexAttention reads it from a table. On the CPU: fp32, D 64, 12 heads, and
+what a call costs beside its arithmetic. The job stops at its budget and says what it did not reach.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from .measure import Patience, interleaved, seconds_of, summary
 BANDWIDTH = 4.3e12
 RESULTS = Path(__file__).parent / "results"
 COLD = 256 << 20  # bytes of keys and values that a turn goes through
-PEERS = ("posattn none", "posattn ALiBi", "posattn TISA", "posattn pages", "SDPA none", "SDPA TISA", "Flex TISA")
+PEERS = (
+    "posattn none",
+    "posattn ALiBi",
+    "posattn TISA",
+    "posattn pages",
+    "SDPA none",
+    "SDPA TISA",
+    "Flex TISA",
+)
 
 
 class Place(NamedTuple):
@@ -104,7 +112,9 @@ def peer(name: str, cache: Cache, device: str) -> Callable[[Tensor, Tensor], Any
         return lambda k, v: posattn.attention_with_kvcache(cache.query, k, v, module, **more)
     if ours == "SDPA":
         mask = cache.mask if bias == "TISA" else None
-        return lambda k, v: F.scaled_dot_product_attention(cache.query, k, v, attn_mask=mask, enable_gqa=grouped)
+        return lambda k, v: F.scaled_dot_product_attention(
+            cache.query, k, v, attn_mask=mask, enable_gqa=grouped
+        )
     if device == "cpu":
         return None
     from torch.nn.attention.flex_attention import flex_attention
@@ -129,7 +139,7 @@ def turn(name: str, cache: Cache, device: str) -> tuple[Callable[[], Any], int] 
         backend = "triton" if device == "cuda" else "blockwise"
         grouped = cache.place.heads != cache.place.key_heads
         more = dict(cache_seqlens=cache.seqlens, block_table=table, enable_gqa=grouped, backend=backend)
-        attend: Any = lambda k, v: posattn.attention_with_kvcache(cache.query, k, v, cache.tisa, **more)  # noqa: E731
+        attend: Any = lambda k, v: posattn.attention_with_kvcache(cache.query, k, v, cache.tisa, **more)
     else:
         attend = peer(name, cache, device)
     if attend is None:
@@ -170,7 +180,9 @@ def measured(place: Place, device: str, patience: Patience) -> list[dict[str, An
     times = interleaved(runs, first, device, patience)
     for row in rows:
         if row["peer"] in times:
-            row.update(summary([t / calls[row["peer"]] for t in times[row["peer"]]]), calls=calls[row["peer"]])
+            row.update(
+                summary([t / calls[row["peer"]] for t in times[row["peer"]]]), calls=calls[row["peer"]]
+            )
     return rows
 
 
@@ -195,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     machine = describe(device)
     todo, rows = list(places(device, options.quick)), []
-    patience = Patience(fewest=5, most=30, seconds=0.3) if device == "cuda" else Patience(fewest=5, most=200, seconds=0.5)
+    patience = Patience(fewest=5, most=30 if device == "cuda" else 200, seconds=0.4)
     print(f"{machine['device_name']}, torch {machine['torch']}, {len(todo)} places", flush=True)
     done = 0
     for place in todo:
@@ -208,7 +220,12 @@ def main(argv: list[str] | None = None) -> int:
         if device == "cuda":
             torch.cuda.empty_cache()
     missing = [str(place) for place in todo[done:]]
-    results = {"machine": machine, "rows": rows, "not_reached": missing, "seconds": time.perf_counter() - start}
+    results = {
+        "machine": machine,
+        "rows": rows,
+        "not_reached": missing,
+        "seconds": time.perf_counter() - start,
+    }
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{'quick-' if options.quick else ''}decode-{slug(machine)}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
@@ -216,4 +233,3 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         print(f"not reached in the budget: {len(missing)}: {'; '.join(missing[:6])}")
     return 0
-

@@ -33,7 +33,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
     """(chip, direction, bits, width, rule): all rules of sm_90 in 16 bits, else those that spill first."""
     from posattn.kernels.configs import CONFIGS
 
-    from . import aot_mixing, aot_spe
+    from . import aot_decode, aot_mixing, aot_spe
     from .aot import CALLS, DIRECTIONS, HEAVIEST, SOFTCAP
 
     made: list[tuple[Any, ...]] = []

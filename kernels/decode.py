@@ -1,12 +1,13 @@
 """Attention of few queries and many keys: the keys are split over programs, and what these found is combined.
 
-A program owns BLOCK_M of the GROUP * Lq rows that share a key head (so K and V are read once) and one of `splits` parts
-of the keys they may see. Query i of batch entry b stands at position + i, position = SEQLENS[b] - Lq, or `start` without
-SEQLENS; key j, below SEQLENS[b] or Lk, at j; a pair is visible where low <= o <= high, o its offset j - position - i, and
-PAD[b, j]. Lengths and positions are data: one compiled kernel and one grid serve a cache while it grows.
+A program owns BLOCK_M of the GROUP * Lq rows that share a key head (so K and V are read once) and one of `splits`
+parts of the keys they may see. Query i of batch entry b stands at position + i, position = SEQLENS[b] - Lq, or `start`
+without SEQLENS; key j, below SEQLENS[b] or Lk, at j; a pair is visible where low <= o <= high, o its offset
+j - position - i, and PAD[b, j]. Lengths and positions are data: one compiled kernel and one grid serve a cache while it
+grows.
 
-K and V are [B, Hk, Lk, D], or blocks [blocks, PAGE, Hk, D] of which PAGES[b, j // PAGE] holds key j. Without K the logits
-are there already: BIAS is S, [B, H, Lq, Lk].
+K and V are [B, Hk, Lk, D], or blocks [blocks, PAGE, Hk, D] of which PAGES[b, j // PAGE] holds key j. Without K the
+logits are there already: BIAS is a strip of them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def inside(ok, d, D: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def load_packed(X, x_h, x_l, row0, kv, GROUP, Lq, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+def load_packed(
+    X, x_h, x_l, row0, kv, GROUP, Lq, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr
+):
     """[BLOCK_M, HEAD_DIM]: the rows that share key head kv."""
     h, i, ok = rows_of(row0, kv, GROUP, Lq, BLOCK_M, False)
     d = tl.arange(0, HEAD_DIM)[None, :]
@@ -90,23 +93,29 @@ def page_rows(PAGES, n0, first, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_keys(K, k_b, k_l, P, n0, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def load_keys(
+    K, k_b, k_l, P, n0, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """[HEAD_DIM, BLOCK_N]; P of `page_rows` where there are pages."""
     if PAGE == 0:
         return load_columns(K, n0, k_l, end, BLOCK_N, HEAD_DIM, D)
     else:
         d = tl.arange(0, HEAD_DIM)[:, None]
-        return tl.load(K + (P[0] * k_b + P[1] * k_l)[None, :] + d, mask=inside(P[2][None, :], d, D, HEAD_DIM), other=0.0)
+        pointers = K + (P[0] * k_b + P[1] * k_l)[None, :] + d
+        return tl.load(pointers, mask=inside(P[2][None, :], d, D, HEAD_DIM), other=0.0)
 
 
 @triton.jit
-def load_values(V, v_b, v_l, P, n0, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def load_values(
+    V, v_b, v_l, P, n0, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """[BLOCK_N, HEAD_DIM]."""
     if PAGE == 0:
         return load_rows(V, n0, v_l, end, BLOCK_N, HEAD_DIM, D)
     else:
         d = tl.arange(0, HEAD_DIM)[None, :]
-        return tl.load(V + (P[0] * v_b + P[1] * v_l)[:, None] + d, mask=inside(P[2][:, None], d, D, HEAD_DIM), other=0.0)
+        pointers = V + (P[0] * v_b + P[1] * v_l)[:, None] + d
+        return tl.load(pointers, mask=inside(P[2][:, None], d, D, HEAD_DIM), other=0.0)
 
 
 @triton.jit
@@ -115,7 +124,7 @@ def bias_rows(BIAS, b, h, i, t_b, t_h, t_l, KIND: tl.constexpr):
     h = h[:, None].to(tl.int64)
     if KIND == TABLE:
         return BIAS + h * t_h
-    elif KIND == SLOPES or KIND == DISTANCES:
+    elif KIND == SLOPES or KIND == DISTANCES:  # noqa: SIM109 - no `in` here
         return tl.load(BIAS + h) * LOG2E
     else:
         return BIAS + b * t_b + h * t_h + i[:, None].to(tl.int64) * t_l
@@ -177,7 +186,7 @@ def decode_split(
     D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One split: ACC [B, H, Lq, splits, DV] and STATE [2, B, H, Lq, splits], maximum and sum; the only one: OUT, LSE."""
+    """One split: ACC [B, H, Lq, splits, DV] and STATE [2, B, H, Lq, splits], maximum and sum; the only one OUT, LSE."""
     split = tl.program_id(0)
     pid = tl.program_id(1)
     row0 = pid % row_blocks * BLOCK_M
@@ -277,6 +286,10 @@ def decode_combine(
         acc = acc * alpha[:, None] + tl.sum(values * weight[:, None], 0)[None, :]
         top = new
     out, lse = finished(acc, top, total, SINKS, h + tl.arange(0, 1))
-    tl.store(OUT + b * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_l + d, out.to(OUT.dtype.element_ty), mask=d < DV)
+    tl.store(
+        OUT + b * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_l + d,
+        out.to(OUT.dtype.element_ty),
+        mask=d < DV,
+    )
     if tl.program_id(1) == 0:
         tl.store(LSE + row + tl.arange(0, 1), lse)

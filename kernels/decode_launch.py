@@ -1,7 +1,7 @@
-"""Decoding from tensors to kernels: `forward`, and `mix_forward` for DAPE; arguments are those of posattn/decode_ops.py.
+"""Decoding from tensors to kernels: `forward`, and `mix_forward` for DAPE; arguments as in posattn/decode_ops.py.
 
-The grid follows from shapes alone (splits from the keys there is room for), so that a CUDA graph may hold the call while
-its cache fills; nothing waits for the device.
+The grid follows from shapes alone (splits from the keys there is room for), so that a CUDA graph may hold the call
+while its cache fills; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -78,10 +78,19 @@ class Decoding:
         return table_of.choose_splits(programs, triton.cdiv(self.keys, block_n), slots)
 
     def attend(
-        self, logits: Tensor | None, sinks: Tensor | None, key_mask: Tensor | None, scale: float, softcap: float
+        self,
+        logits: Tensor | None,
+        sinks: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
         q, v = self.q, self.v
-        out = torch.empty_like(q) if self.value_dim == self.head_dim else q.new_empty(*q.shape[:3], self.value_dim)
+        out = (
+            torch.empty_like(q)
+            if self.value_dim == self.head_dim
+            else q.new_empty(*q.shape[:3], self.value_dim)
+        )
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         splits = self.splits(self.programs, self.config.block_n)
         acc = state = lse  # written by splits only; a pointer all the same, so that there is one kernel
@@ -144,7 +153,8 @@ def mix_forward(
     heads, hidden, taps = w2.shape
     width = triton.cdiv(p.keys, 16) * 16
     scores, logits = (
-        torch.empty(p.batch, p.heads, p.queries, width, dtype=torch.float32, device=q.device) for _ in range(2)
+        torch.empty(p.batch, p.heads, p.queries, width, dtype=torch.float32, device=q.device)
+        for _ in range(2)
     )
     mask = None if key_mask is None else key_mask.view(torch.uint8)
     # Published: hidden units of keys that the query does not see count, and read their neighbours' scores.
@@ -154,8 +164,8 @@ def mix_forward(
     with on(q):
         splits = p.splits(p.programs, p.config.block_n)
         decode_scores[splits, p.programs](
-            Q=q, K=k, S=scores, scale=scale, margin=margin, splits=splits, W=width, **p.cache, **p.seen, **p.sizes, **p.key_strides,
-            **tensor_strides("q", q, "bhl"), D=p.head_dim, HEAD_DIM=padded(p.head_dim), **tile,
+            Q=q, K=k, S=scores, scale=scale, margin=margin, splits=splits, W=width, **p.cache, **p.seen, **p.sizes,
+            **p.key_strides, **tensor_strides("q", q, "bhl"), D=p.head_dim, HEAD_DIM=padded(p.head_dim), **tile,
         )  # fmt: skip
         splits = p.splits(p.batch * p.queries, block_n)
         decode_mix[splits, p.batch * p.queries](

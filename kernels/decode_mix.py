@@ -1,8 +1,8 @@
 """DAPE of few queries and many keys: scores of all heads, S [B, H, Lq, W] fp32, then the network on them, into L.
 
 Positions and visibility are those of decode.py, which makes a softmax of L; the network and its two forms are those of
-mix.py and mix_conv.py. A program mixes BLOCK_N keys of one query, and makes each hidden unit as often as a tap reads it:
-of few queries reading K and V is what takes time.
+mix.py and mix_conv.py. A program mixes BLOCK_N keys of one query at a time, and makes each hidden unit as often as a
+tap reads it: of few queries reading K and V is what takes time.
 """
 
 from __future__ import annotations
@@ -10,12 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import NONE, STRIP, TABLE, load_keys, load_packed, page_rows, part_of, place, rows_of, visible_range
+from .decode import (
+    NONE,
+    STRIP,
+    TABLE,
+    load_keys,
+    load_packed,
+    page_rows,
+    part_of,
+    place,
+    rows_of,
+    visible_range,
+)
 from .mix import SLOPE, leaky, matrix, vector
 from .mix_conv import exists, taken_up
 
 
-@triton.jit(do_not_specialize=["Lq", "Lk", "start", "low", "high", "margin", "H", "splits", "row_blocks", "W", "pages_b"])
+@triton.jit(
+    do_not_specialize=[
+        "Lq", "Lk", "start", "low", "high", "margin", "H", "splits", "row_blocks", "W", "pages_b",
+    ]
+)  # fmt: skip
 def decode_scores(
     Q, K, S, PAGES, SEQLENS, scale, Lq, Lk, start, low, high, margin, H, GROUP, splits, row_blocks, W,
     q_b, q_h, q_l, k_b, k_h, k_l, pages_b,
@@ -84,7 +99,7 @@ def decode_mix(
     i = tl.program_id(1) % Lq
     b = (tl.program_id(1) // Lq).to(tl.int64)
     keys, position = place(SEQLENS, b, start, Lq, Lk)
-    first, begin, end = visible_range(position + i, keys, low, high, 1, BLOCK_N)
+    _, begin, end = visible_range(position + i, keys, low, high, 1, BLOCK_N)
     begin, stop = part_of(begin, end, tl.program_id(0), splits, BLOCK_N)
     row = (b * H * Lq + i) * W
     S += row
@@ -110,7 +125,22 @@ def decode_mix(
             for n in tl.range(0, K):
                 near = to + n - K // 2
                 s, base = channels_at(
-                    S, BIAS, j + near, x + near, low, high, keys, PAD, zero, length, s_h, t_h, H, KIND, HEADS, PUBLISHED
+                    S,
+                    BIAS,
+                    j + near,
+                    x + near,
+                    low,
+                    high,
+                    keys,
+                    PAD,
+                    zero,
+                    length,
+                    s_h,
+                    t_h,
+                    H,
+                    KIND,
+                    HEADS,
+                    PUBLISHED,
                 )
                 w1 = matrix(W1 + n, HEADS, UNITS, H, HIDDEN, K, CHANNELS * K).to(DTYPE)
                 u = tl.dot(s.to(DTYPE), w1, u, input_precision=PRECISION)

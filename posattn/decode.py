@@ -18,7 +18,12 @@ LEAST_KEYS = {"triton": 256, "blockwise": 1}
 
 
 def serves(
-    query: Tensor, key: Tensor, value: Tensor, bias: Bias | DAPE | Tensor | None, backend: str, *more: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | DAPE | Tensor | None,
+    backend: str,
+    *more: Tensor | None,
 ) -> bool:
     """Few queries, and nobody asks for a gradient. Not in a compiled graph, which would hold for few queries only."""
     if torch.compiler.is_compiling():
@@ -52,7 +57,9 @@ def decode(
     seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse; with seqlens positions are those of `decode_ops`, and rule's starts say nothing."""
-    query, key, value = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (query, key, value))
+    query, key, value = (
+        t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (query, key, value)
+    )
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     room = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[1]
     start = 0 if seqlens is not None else rule.query_start - rule.key_start
@@ -134,7 +141,13 @@ class _Place:
     """Where the queries and keys of one call stand, for the tensors of a bias that depend on it."""
 
     def __init__(
-        self, query: Tensor, room: int, rule: checks.Rule, start: int, seqlens: Tensor | None, dtype: torch.dtype
+        self,
+        query: Tensor,
+        room: int,
+        rule: checks.Rule,
+        start: int,
+        seqlens: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
         self.query, self.queries, self.room, self.rule = query, query.shape[2], room, rule
         self.start, self.seqlens, self.dtype = start, seqlens, dtype
@@ -157,7 +170,9 @@ class _Place:
             return kept[0], kept[1], None
         starts = () if self.seqlens is not None else (self.rule.query_start, self.rule.key_start)
         table = bias.table(self.queries, self.room, *starts).detach()
-        checks.check_made(bias, "a table", table, (self.query.shape[1], self.queries + self.room - 1), self.query)
+        checks.check_made(
+            bias, "a table", table, (self.query.shape[1], self.queries + self.room - 1), self.query
+        )
         return table.to(self.dtype).clamp(min=INVISIBLE).contiguous(), self.zero(), None
 
     def strip(self, bias: Bias) -> Tensor | None:
@@ -173,14 +188,19 @@ class _Place:
                 x = scaled.line.unfold(0, room, 1).flip(0)[None] * scaled.rows[:, None]
                 return _pieces(scaled, x).to(self.dtype)
             scaled = bias.scaled(queries, room, room - queries, 0)
-            every = bias.scaled(room + queries, 1, -queries, 0)  # rows of every position that a query can have
+            every = bias.scaled(
+                room + queries, 1, -queries, 0
+            )  # rows of every position that a query can have
             if scaled is None or every is None:
                 return None
             checks.check_scaled(bias, scaled, self.query, width, queries)
             device = self.query.device
             position = self.seqlens[:, None].long().clamp(0, room) + torch.arange(-queries, 0, device=device)
             offset = torch.arange(room, device=device) - position[..., None]
-            x = scaled.line[(offset + room - 1).clamp(0, width - 1)] * every.rows[position + queries][..., None]
+            x = (
+                scaled.line[(offset + room - 1).clamp(0, width - 1)]
+                * every.rows[position + queries][..., None]
+            )
             return _pieces(scaled, x).to(self.dtype)
 
 
@@ -188,5 +208,6 @@ def _pieces(scaled: Scaled, x: Tensor) -> Tensor:
     """(B, Lq, Lk) -> (B, H, Lq, Lk)."""
     heads, units, _ = scaled.pieces.shape
     pieces = scaled.pieces.permute(1, 2, 0).reshape(units, 2 * heads)  # a segment's numbers beside each other
-    slope, intercept = torch.nn.functional.embedding(torch.bucketize(x.contiguous(), scaled.knots), pieces).split(heads, -1)
+    segment = torch.bucketize(x.contiguous(), scaled.knots)
+    slope, intercept = torch.nn.functional.embedding(segment, pieces).split(heads, -1)
     return torch.addcmul(intercept, slope, x[..., None]).movedim(-1, 1).contiguous()

@@ -24,13 +24,12 @@ _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class _Part(NamedTuple):
-    """Batch entries that see the same keys: their queries stand at position, keys are first .. last - 1 of `count`."""
+    """Batch entries that see the same keys: their queries stand at position, their keys are first .. last - 1."""
 
     batch: slice
     position: int
     first: int
     last: int
-    count: int
     keys: Tensor  # (batch, Hk, last - first, D)
     values: Tensor
 
@@ -168,9 +167,10 @@ def _parts(
             pages = block_table[batch.start, first // page : max(first, last + page - 1) // page].long()
             edge = first % page
             keys, values = (
-                t[pages].flatten(0, 1)[edge : edge + max(0, last - first)].transpose(0, 1)[None] for t in (k, v)
+                t[pages].flatten(0, 1)[edge : edge + max(0, last - first)].transpose(0, 1)[None]
+                for t in (k, v)
             )
-        yield _Part(batch, position, first, last, count, keys, values)
+        yield _Part(batch, position, first, last, keys, values)
 
 
 def _each(batch: int, count: int) -> list[tuple[slice, int]]:
@@ -247,7 +247,9 @@ def _bias(
     return band.gather(3, index).to(dtype).masked_fill_(~inside, 0.0)
 
 
-def _add_mask(bias: Tensor | None, hidden: Tensor | None, padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _add_mask(
+    bias: Tensor | None, hidden: Tensor | None, padding: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
     unseen = _either(hidden, padding)
     if unseen is None:
         return bias
@@ -337,7 +339,6 @@ def _mixed(
     published: bool,
 ) -> Tensor:
     """(B, H, Lq, keys) scores -> with base and network; what is not heard counts as 0 in it."""
-    batch, _, queries, count = scores.shape
     channels = scores
     if base is not None:
         base = base.expand(scores.shape)

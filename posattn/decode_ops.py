@@ -65,7 +65,9 @@ def _forward(
     """
     if q.numel() == 0 or k.numel() == 0:
         out, lse = empty_outputs(q, v)
-        return out.zero_(), lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None].expand(lse.shape))
+        return out.zero_(), lse.fill_(-math.inf) if sinks is None else lse.copy_(
+            sinks[:, None].expand(lse.shape)
+        )
     with no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor] = _module(backend).forward(
             q,
@@ -116,7 +118,9 @@ def _mix_forward(
     """The same with the scores of mix_forward; the base is nothing, a table or a strip. O(Lq Lk Hq) memory."""
     if q.numel() == 0 or k.numel() == 0:
         out, lse = empty_outputs(q, v)
-        return out.zero_(), lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None].expand(lse.shape))
+        return out.zero_(), lse.fill_(-math.inf) if sinks is None else lse.copy_(
+            sinks[:, None].expand(lse.shape)
+        )
     with no_autocast(q.device.type):
         outputs: tuple[Tensor, Tensor] = _module(backend).mix_forward(
             q,

@@ -111,8 +111,8 @@ def attention_with_kvcache(
         checks.check_dape(bias, query, rule, is_causal)
     if wants_gradient(query, key_cache, value_cache, bias, sinks):
         raise RuntimeError(
-            "attention_with_kvcache gives no gradient, and an argument or a parameter of the bias requires one: call it "
-            "under torch.no_grad(), or posattn.attention(), which is differentiable"
+            "attention_with_kvcache gives no gradient, and an argument or a parameter of the bias requires one: "
+            "call it under torch.no_grad(), or posattn.attention(), which is differentiable"
         )
     backend = checks.choose_backend(backend, query, value_cache, bias)
     out, lse = decode(
@@ -137,7 +137,8 @@ def _check_caches(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor
         if not isinstance(cache, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {checks._kind(cache)}")
         if cache.layout != torch.strided or cache.is_nested or cache.dim() != 4:
-            shape = "(batch, heads, length, head_dim)" if block_table is None else "(blocks, block_size, heads, head_dim)"
+            paged = block_table is not None
+            shape = "(blocks, block_size, heads, head_dim)" if paged else "(batch, heads, length, head_dim)"
             raise ValueError(f"{name} must be a dense 4-D Tensor, {shape}, got {checks._shape(cache)}")
         if cache.dtype != query.dtype or cache.device != query.device:
             raise ValueError(
@@ -152,10 +153,14 @@ def _check_caches(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor
         raise ValueError(f"key_cache must have query's head_dim {query.shape[3]}, got {checks._shape(key)}")
     for name, cache in (("key_cache", key), ("value_cache", value)):
         if not 1 <= cache.shape[3] <= checks.MAX_HEAD_DIM:
-            raise ValueError(f"{name} must have a head_dim of 1 to {checks.MAX_HEAD_DIM}, got {checks._shape(cache)}")
+            raise ValueError(
+                f"{name} must have a head_dim of 1 to {checks.MAX_HEAD_DIM}, got {checks._shape(cache)}"
+            )
     if block_table is None:
         if key.shape[0] != query.shape[0]:
-            raise ValueError(f"key_cache must have query's batch size {query.shape[0]}, got {checks._shape(key)}")
+            raise ValueError(
+                f"key_cache must have query's batch size {query.shape[0]}, got {checks._shape(key)}"
+            )
         return key.shape[2]
     if not isinstance(block_table, Tensor):
         raise TypeError(f"block_table must be a Tensor or None, got {checks._kind(block_table)}")
@@ -167,7 +172,9 @@ def _check_caches(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor
     if block_table.device != query.device:
         raise ValueError(f"block_table must be on query's device {query.device}, got {block_table.device}")
     if key.shape[1] < 16 or key.shape[1] % 16:
-        raise ValueError(f"key_cache must have a block_size that is a multiple of 16, got {checks._shape(key)}")
+        raise ValueError(
+            f"key_cache must have a block_size that is a multiple of 16, got {checks._shape(key)}"
+        )
     return block_table.shape[1] * key.shape[1]
 
 

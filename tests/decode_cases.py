@@ -33,7 +33,7 @@ def call(backend, *args, **kwargs):
 
 
 class Case(NamedTuple):
-    """lengths: one an entry; page: 0 for a cache in one piece; mask: keys that count, at random or none of an entry's."""
+    """lengths: one an entry; page: 0 for a cache in one piece; mask: keys that count, of entry 0 none."""
 
     bias: str = ""
     heads: int = 2
@@ -58,9 +58,9 @@ class Case(NamedTuple):
         if name == "fire":
             return FIRE(self.heads, hidden=5, init_length=7)
         if name == "dape":
-            form = dict(none=lambda: None, kerple=lambda: KERPLE(self.heads), fire=lambda: FIRE(self.heads, 5, init_length=9))
+            bases = dict(none=lambda h: None, kerple=KERPLE, fire=lambda h: FIRE(h, 5, init_length=9))
             base, size, published = kernel_size.split(" ")
-            module = DAPE(self.heads, form[base](), 9, int(size), published != "published")
+            module = DAPE(self.heads, bases[base](self.heads), 9, int(size), published != "published")
             with torch.no_grad():
                 module.first_weight.mul_(1.5)
                 module.second_weight.mul_(1.5)
@@ -77,7 +77,8 @@ class Case(NamedTuple):
         key = torch.randn(batch, self.key_heads, self.room, self.dim, dtype=dtype)
         value = torch.randn(batch, self.key_heads, self.room, self.value_dim, dtype=dtype)
         bias = self.module()
-        keywords: dict[str, Any] = dict(is_causal=self.causal, window=self.window, softcap=self.softcap, scale=self.scale)
+        keywords: dict[str, Any] = dict(is_causal=self.causal, window=self.window, scale=self.scale)
+        keywords["softcap"] = self.softcap
         if self.lengths is not None:
             keywords["cache_seqlens"] = torch.tensor(self.lengths, dtype=torch.int32)
         if self.heads != self.key_heads:
@@ -87,7 +88,12 @@ class Case(NamedTuple):
         if self.mask:
             keywords["key_padding_mask"] = torch.rand(batch, self.room) < 0.7
             keywords["key_padding_mask"][0] = False
-        return [query, key, value, bias if bias is None or dtype == torch.float32 else bias.to(dtype)], keywords
+        return [
+            query,
+            key,
+            value,
+            bias if bias is None or dtype == torch.float32 else bias.to(dtype),
+        ], keywords
 
     def paged(self, tensors: list[Any]) -> tuple[list[Any], torch.Tensor]:
         """The same cache in shuffled pages, NaN where nothing is, and -1 in the table beyond an entry's keys."""
@@ -183,10 +189,16 @@ CASES |= {
 }
 
 # The interpreter is slow: it gets each form of a bias once (a kernel knows tables, slopes and strips).
-ALIKE = {*BIASES, "alibi, queries", "t5, queries", "kerple-log, queries"} - {"tisa", "alibi", "alibi-one-sided"}
+ALIKE = {*BIASES, "alibi, queries", "t5, queries", "kerple-log, queries"} - {
+    "tisa",
+    "alibi",
+    "alibi-one-sided",
+}
 LIMIT = 3e-5 if torch.cuda.is_available() else 1e-5
 EVERY = [
-    pytest.param(backend, dtype, limit, name, id=f"{name}-{backend}-{dtype}".replace("torch.", ""), marks=marks)
+    pytest.param(
+        backend, dtype, limit, name, id=f"{name}-{backend}-{dtype}".replace("torch.", ""), marks=marks
+    )
     for backend, dtype, limit, marks in (
         ("blockwise", torch.float32, 1e-5, ()),
         ("blockwise", torch.float64, 1e-10, ()),

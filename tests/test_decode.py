@@ -52,7 +52,9 @@ def in_steps(query, key, value, bias, steps, **keywords):
 
 
 @pytest.mark.parametrize("backend", ["blockwise", pytest.param("triton", marks=pytest.mark.triton)])
-@pytest.mark.parametrize("bias", [None, make("tisa", 2), make("alibi", 2), posattn.FIRE(2, 5), DAPE(2, KERPLE(2), 9, 3)])
+@pytest.mark.parametrize(
+    "bias", [None, make("tisa", 2), make("alibi", 2), posattn.FIRE(2, 5), DAPE(2, KERPLE(2), 9, 3)]
+)
 def test_steps_equal_one_causal_call(bias, backend):
     query, key, value = torch.randn(3, 1, 2, 19, 8)
     steps = [1] * 5 + [5, 2, 7] if backend == "blockwise" else [16, 3]
@@ -63,7 +65,13 @@ def test_steps_equal_one_causal_call(bias, backend):
     torch.testing.assert_close(got, whole.detach(), atol=1e-5, rtol=1e-5)
 
 
-STARTS = [{}, dict(query_start=70), dict(query_start=20), dict(query_start=3, key_start=11), dict(query_start=-4)]
+STARTS = [
+    {},
+    dict(query_start=70),
+    dict(query_start=20),
+    dict(query_start=3, key_start=11),
+    dict(query_start=-4),
+]
 
 
 @pytest.mark.parametrize("starts", STARTS, ids=str)
@@ -76,7 +84,9 @@ def test_attention_decodes_by_itself(bias, starts, monkeypatch):
     keywords = dict(enable_gqa=True, return_lse=True, window=(30, 2), sinks=torch.randn(4), **starts)
     expected = attention_reference(query, key, value, module, **keywords)
     served = []
-    monkeypatch.setattr(decode, "decode_forward", lambda *a: served.append(a) or posattn.decode_ops.decode_forward(*a))
+    monkeypatch.setattr(
+        decode, "decode_forward", lambda *a: served.append(a) or posattn.decode_ops.decode_forward(*a)
+    )
     with torch.no_grad():
         got = attention(query, key, value, module, **keywords, backend="blockwise")
     assert served or bias == "dape"

@@ -30,7 +30,9 @@ def no_gradients():
 
 def counted(monkeypatch, bias):
     made = []
-    monkeypatch.setattr(type(bias), "values", lambda self, x, f=type(bias).values: made.append(len(x)) or f(self, x))
+    monkeypatch.setattr(
+        type(bias), "values", lambda self, x, f=type(bias).values: made.append(len(x)) or f(self, x)
+    )
     return made
 
 
@@ -215,9 +217,13 @@ def arguments_of(op, backend, **changes):
     shared = dict(block_table=None, seqlens=lengths, sinks=torch.randn(4), key_mask=None)
     if op is decode_mix_forward:
         weights = torch.randn(9, 8, 1), torch.randn(9), torch.randn(4, 9, 1), torch.randn(4)
-        more = dict(zip(("w1", "b1", "w2", "b2"), weights), table=torch.randn(4, 40), strip=None, published=False)
+        more = dict(
+            zip(("w1", "b1", "w2", "b2"), weights), table=torch.randn(4, 40), strip=None, published=False
+        )
     else:
-        more = dict(table=torch.randn(4, 40), slopes=None, strip=None, relative=None, softcap=0.0, symmetric=True)
+        more = dict(
+            table=torch.randn(4, 40), slopes=None, strip=None, relative=None, softcap=0.0, symmetric=True
+        )
     return dict(q=q, k=k, v=v, **shared, **more, **place, backend=backend) | changes
 
 
@@ -229,7 +235,9 @@ def test_operators(op, backend):
 
 @pytest.mark.parametrize("op", [decode_forward, decode_mix_forward], ids=["decode", "mix"])
 def test_no_keys(op):
-    empty = dict(k=torch.empty(2, 2, 0, 8), v=torch.empty(2, 2, 0, 5), seqlens=torch.zeros(2, dtype=torch.int32))
+    empty = dict(
+        k=torch.empty(2, 2, 0, 8), v=torch.empty(2, 2, 0, 5), seqlens=torch.zeros(2, dtype=torch.int32)
+    )
     arguments = arguments_of(op, "blockwise", **empty)
     out, lse = op(**arguments)
     assert out.shape == (2, 4, 2, 5) and not out.any()
@@ -257,31 +265,91 @@ REFUSED = {
     "dtype": ((Q, K.double(), K), {}, ValueError, "key_cache must be of query's dtype.*float64"),
     "shapes": ((Q, K, K[:, :, 1:]), {}, ValueError, "value_cache must have key_cache's shape"),
     "head dim": ((Q, K[..., 1:], K), {}, ValueError, "key_cache must have query's head_dim 8"),
-    "wide": ((Q, K, torch.randn(2, 2, 32, 257)), {}, ValueError, "value_cache must have a head_dim of 1 to 256"),
+    "wide": (
+        (Q, K, torch.randn(2, 2, 32, 257)),
+        {},
+        ValueError,
+        "value_cache must have a head_dim of 1 to 256",
+    ),
     "batch": ((Q, K[:1], K[:1]), {}, ValueError, "key_cache must have query's batch size 2"),
     "heads": ((Q, K[:, :1], K[:, :1]), {}, ValueError, "enable_gqa=True"),
-    "group": ((Q[:, [0, 1, 1]], K, K), dict(enable_gqa=True), ValueError, "multiple of key_cache's, got 3 and 2"),
+    "group": (
+        (Q[:, [0, 1, 1]], K, K),
+        dict(enable_gqa=True),
+        ValueError,
+        "multiple of key_cache's, got 3 and 2",
+    ),
     "kind": ((Q, [1], K), {}, TypeError, "key_cache must be a Tensor, got list"),
     "dimensions": ((Q, K[0], K), {}, ValueError, "key_cache must be a dense 4-D Tensor"),
-    "lengths' kind": ((Q, K, K), dict(cache_seqlens=[3, 4]), TypeError, "cache_seqlens must be a Tensor or None, got list"),
-    "lengths' dtype": ((Q, K, K), dict(cache_seqlens=LENGTHS.long()), ValueError, "cache_seqlens must be int32.*int64"),
-    "lengths' shape": ((Q, K, K), dict(cache_seqlens=LENGTHS[:1]), ValueError, r"cache_seqlens must be int32 of shape.*\(2,\)"),
-    "too long": ((Q, K, K), dict(cache_seqlens=LENGTHS * 33), ValueError, r"cache_seqlens must be 0 to 32.*33, 33"),
+    "lengths' kind": (
+        (Q, K, K),
+        dict(cache_seqlens=[3, 4]),
+        TypeError,
+        "cache_seqlens must be a Tensor or None, got list",
+    ),
+    "lengths' dtype": (
+        (Q, K, K),
+        dict(cache_seqlens=LENGTHS.long()),
+        ValueError,
+        "cache_seqlens must be int32.*int64",
+    ),
+    "lengths' shape": (
+        (Q, K, K),
+        dict(cache_seqlens=LENGTHS[:1]),
+        ValueError,
+        r"cache_seqlens must be int32 of shape.*\(2,\)",
+    ),
+    "too long": (
+        (Q, K, K),
+        dict(cache_seqlens=LENGTHS * 33),
+        ValueError,
+        r"cache_seqlens must be 0 to 32.*33, 33",
+    ),
     "negative": ((Q, K, K), dict(cache_seqlens=-LENGTHS), ValueError, "cache_seqlens must be 0 to 32"),
-    "no lengths": ((Q, PAGES, PAGES), dict(block_table=BLOCKS), ValueError, "cache_seqlens must be given with block_table"),
-    "blocks' kind": ((Q, PAGES, PAGES), dict(block_table=3), TypeError, "block_table must be a Tensor or None, got int 3"),
-    "blocks' dtype": ((Q, PAGES, PAGES), dict(block_table=BLOCKS.long()), ValueError, "block_table must be int32.*int64"),
+    "no lengths": (
+        (Q, PAGES, PAGES),
+        dict(block_table=BLOCKS),
+        ValueError,
+        "cache_seqlens must be given with block_table",
+    ),
+    "blocks' kind": (
+        (Q, PAGES, PAGES),
+        dict(block_table=3),
+        TypeError,
+        "block_table must be a Tensor or None, got int 3",
+    ),
+    "blocks' dtype": (
+        (Q, PAGES, PAGES),
+        dict(block_table=BLOCKS.long()),
+        ValueError,
+        "block_table must be int32.*int64",
+    ),
     "block size": (
         (Q, PAGES[:, :15], PAGES[:, :15]),
         dict(block_table=BLOCKS, cache_seqlens=LENGTHS),
         ValueError,
         "block_size that is a multiple of 16",
     ),
-    "mask": ((Q, K, K), dict(key_padding_mask=torch.ones(2, 31).bool()), ValueError, "key_padding_mask must be bool.*31"),
-    "sinks": ((Q, K, K), dict(sinks=torch.zeros(3)), ValueError, "sinks must have one number for each of query's 2"),
+    "mask": (
+        (Q, K, K),
+        dict(key_padding_mask=torch.ones(2, 31).bool()),
+        ValueError,
+        "key_padding_mask must be bool.*31",
+    ),
+    "sinks": (
+        (Q, K, K),
+        dict(sinks=torch.zeros(3)),
+        ValueError,
+        "sinks must have one number for each of query's 2",
+    ),
     "table": ((Q, K, K, torch.zeros(2, 31)), {}, ValueError, r"bias must be a table of shape.*\(2, 32\)"),
     "backend": ((Q, K, K), dict(backend="cuda"), ValueError, 'backend must be "triton"'),
-    "softcap": ((Q, K, K, posattn.DAPE(2)), dict(softcap=1.0), ValueError, "softcap must be None with a DAPE"),
+    "softcap": (
+        (Q, K, K, posattn.DAPE(2)),
+        dict(softcap=1.0),
+        ValueError,
+        "softcap must be None with a DAPE",
+    ),
 }
 
 

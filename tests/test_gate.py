@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gate, gate_features, gate_mixing, gate_numerics, gate_spe
+from bench import gate, gate_decode, gate_features, gate_mixing, gate_numerics, gate_spe
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
 SMALLEST = gate_numerics.Case(torch.float32, 16, "T5", "more queries than keys, causal")
@@ -129,13 +129,14 @@ def test_the_report_of_a_gpu_run(monkeypatch, tmp_path, capsys):
     rows = {key[2:] for key in configs.CONFIGS if key[0] == "sm_90"}
     sizes = [gate.bits_and_width(case) for case in ran if hasattr(case, "head_dim")]
     assert set(sizes) == set(sizes[:14]) == rows
-    # Options, DAPE, SPE and FLOATER stand between the first cases and the mixed ones; nothing else has moved.
+    # Options, caches, DAPE, SPE and FLOATER stand between the first cases and the mixed ones; nothing else has moved.
     mixing = [case for case in ran if isinstance(case, gate_mixing.Case)]
-    first, features = (
-        gate.served(list(made()), torch.device("cpu")) for made in (gate_numerics.first_cases, gate_features.cases)
+    first, features, caches = (
+        gate.served(list(made()), torch.device("cpu"))
+        for made in (gate_numerics.first_cases, gate_features.cases, gate_decode.cases)
     )
-    assert ran[14 : 14 + len(features)] == features
-    assert ran.index(mixing[0]) == len(first) + len(features) == 14 + len(features)
+    assert len(first) == 14
+    assert ran[14 : ran.index(mixing[0])] == features + caches
     others = [case for case in ran if isinstance(case, gate_numerics.Case)]
     assert others == gate.served(list(gate_numerics.cases()), torch.device("cpu"))
     report = json.loads(path.read_text("utf-8"))

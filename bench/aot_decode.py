@@ -168,8 +168,8 @@ def prediction() -> str:
     """A table for a reader: one call inside of a CUDA graph."""
     lines = [
         "Decoding, predicted for an H200, not measured: one query, bf16, D 128, inside of a CUDA graph. The floor is",
-        "the bytes of K and V at 4.3 TB/s; a call takes the longer of its bytes and its instructions, the start and end of",
-        "its kernels (2.5 us), and 3 us more where splits are combined.",
+        "the bytes of K and V at 4.3 TB/s; a call takes the longer of its bytes and its instructions, the start and",
+        "end of its kernels (2.5 us), and 3 us more where splits are combined.",
         " B  Hq  Hk        N  bias    splits  instr/key  bytes/key  floor us  total us  floor/total",
     ]
     rows = {rule: compile_and_count("sm_90", "decode_split", 16, 128, rule) for rule in ("Plain", "Table")}

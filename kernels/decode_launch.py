@@ -45,6 +45,8 @@ class Decoding:
         self.page = k.shape[1] if paged else 0
         self.keys = block_table.shape[1] * self.page if block_table is not None else k.shape[2]
         self.group = self.heads // self.key_heads
+        # Of a window the splits share what it shows, wherever it stands.
+        self.most_seen = min(self.keys, left + right + self.queries) if min(left, right) >= 0 else self.keys
         rows = self.group * self.queries
         self.chip = arch(q.device)
         width = max(padded(self.head_dim), padded(self.value_dim))
@@ -75,7 +77,7 @@ class Decoding:
 
     def splits(self, programs: int, block_n: int) -> int:
         slots = table_of.PROGRAMS * table_of.multiprocessors(self.q.device)
-        return table_of.choose_splits(programs, triton.cdiv(self.keys, block_n), slots)
+        return table_of.choose_splits(programs, triton.cdiv(self.most_seen, block_n), slots)
 
     def attend(
         self,

@@ -159,6 +159,7 @@ def attention(
     if dropout_p == 0.0 and document_ids is None and decode.serves(query, key, value, bias, backend, *extra):
         out, lse = decode.decode(query, key, value, bias, rule, backend, key_padding_mask, *extra)
         return (out, lse) if return_lse else out
+    decode.begin(query, key, bias)
 
     mask, sequences = key_padding_mask, documents(document_ids) if document_ids is not None else None
     out, lse = attend(query, key, value, bias, rule, backend, mask, sinks, relative_logits, dropout_p, sequences)

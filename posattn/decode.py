@@ -9,12 +9,12 @@ from . import checks
 from .biases.bias import Bias, Scaled
 from .biases.dape import DAPE
 from .decode_ops import decode_forward, decode_mix_forward
-from .kept_table import AHEAD, kept_table
+from .kept_table import AHEAD, forget, kept_table
 from .strips import INVISIBLE
 
 MAX_QUERIES = 16
-# Below, one program of the usual kernel is as fast as several and their combination.
-LEAST_KEYS = {"triton": 256, "blockwise": 1}
+# Below, the usual way is as fast: one program in place of several and their combination.
+LEAST_KEYS = {"triton": 256, "blockwise": 32}
 
 
 def serves(
@@ -28,8 +28,18 @@ def serves(
     """Few queries, and nobody asks for a gradient. Not in a compiled graph, which would hold for few queries only."""
     if torch.compiler.is_compiling():
         return False
+    if isinstance(bias, torch.nn.Module) and any(type(p).__name__ == "DTensor" for p in bias.parameters()):
+        return False  # spread over processes: only its methods give what is here
     few = 0 < query.shape[2] <= MAX_QUERIES and key.shape[2] >= LEAST_KEYS[backend] and query.shape[0] > 0
     return few and not wants_gradient(query, key, value, bias, *more)
+
+
+def begin(query: Tensor, key: Tensor, bias: Bias | DAPE | Tensor | None) -> None:
+    """A call that is not for `decode`; where it reads a sequence from its start, tables are kept from then on."""
+    if key.shape[2] <= query.shape[2] and not torch.compiler.is_compiling():
+        base = bias.base if isinstance(bias, DAPE) else bias
+        if isinstance(base, Bias):
+            forget(base)
 
 
 def wants_gradient(*values: Tensor | torch.nn.Module | None) -> bool:

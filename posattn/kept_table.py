@@ -5,6 +5,7 @@ Kept beside the bias, not in it: copies and pickles of a module know nothing of 
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -40,11 +41,11 @@ def kept_table(bias: Bias, length: int, dtype: torch.dtype) -> tuple[Tensor, int
     """(table, zero): (H, T) in dtype, at least -1e30, the offset o at ``zero + o`` for ``-length < o <= 15``.
 
     The same memory from call to call while the parameters and buffers of the bias are the same tensors, unchanged in
-    place (a write through ``.data`` does not show), and it stays in training or in evaluation; whoever gets it only
-    reads it. None where nothing can be kept: under grad mode, torch.compile and torch.func, for tensors without a count
+    place (a write through ``.data`` shows after the next `forget`), and it stays in training or in evaluation; whoever
+    gets it only reads it. None where nothing can be kept: under grad mode, torch.compile, torch.func and (possibly) FSDP, for tensors without a count
     of changes (made in inference mode), and for a bias of another package in training, which may draw random numbers.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _under_fsdp():
         return None
     facts: list[Any] = [bias.training]
     if not _collect(bias, facts) or (bias.training and not type(bias).__module__.startswith("posattn.")):
@@ -70,6 +71,13 @@ def kept_table(bias: Bias, length: int, dtype: torch.dtype) -> tuple[Tensor, int
     return kept.table, kept.length - 1
 
 
+def forget(bias: Bias) -> None:
+    """The table is made again at the next call. Said where a sequence begins, so that no change is missed for long."""
+    if bias in _kept:
+        with _lock:
+            _kept.pop(bias, None)
+
+
 def _make(bias: Bias, length: int, dtype: torch.dtype, facts: list[Any]) -> _Kept | None:
     room = max(LEAST, 1 << (length - 1).bit_length())
     with torch.inference_mode(False), torch.no_grad():
@@ -79,6 +87,11 @@ def _make(bias: Bias, length: int, dtype: torch.dtype, facts: list[Any]) -> _Kep
             return None
         aliases = tuple(t.detach() for t in (*bias.parameters(), *bias.buffers()))
     return _Kept(facts, aliases, table, room, table._version)
+
+
+def _under_fsdp() -> bool:
+    """FSDP gathers parameters into the same tensors again and again, without a count of it as a change."""
+    return "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
 
 
 def _capturing(bias: Bias) -> bool:

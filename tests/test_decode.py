@@ -109,11 +109,12 @@ def test_attention_decodes_by_the_kernel(kind):
 
 
 def test_who_wants_a_gradient_is_not_served():
-    query, key, value = torch.randn(3, 1, 2, 4, 8)
+    query, key, value = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
     bias = make("tisa", 2)
     assert not decode.serves(query, key, value, bias, "blockwise")
     assert decode.serves(query, key, value, None, "blockwise")
     assert not decode.serves(query, key, value, None, "triton")  # too short to be split
+    assert not decode.serves(query, key[:, :, :20], value[:, :, :20], None, "blockwise")
     with torch.no_grad():
         assert decode.serves(query, key, value, bias, "blockwise")
     assert not decode.serves(query.requires_grad_(), key, value, None, "blockwise")

@@ -56,12 +56,26 @@ def test_a_table_is_made_once_and_doubled(monkeypatch):
     bias = TISA(2)
     made = counted(monkeypatch, bias)
     query, key, value = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1100, 8), torch.randn(1, 2, 1100, 8)
-    for length in range(1, 1100, 7):
+    for length in range(32, 1100, 7):
         posattn.attention(query, key[:, :, :length], value[:, :, :length], bias, is_causal=True)
     assert [count - 15 for count in made] == [256, 512, 1024, 2048]
     made.clear()
     attention_with_kvcache(query, key, value, bias)
     assert not made
+
+
+def test_a_sequence_that_begins_makes_it_again():
+    """So that what is written past the counts of changes shows at the next prompt."""
+    bias, key = TISA(2), torch.randn(1, 2, 40, 8)
+    query = key[:, :, -1:]
+    with torch.no_grad():
+        before = posattn.attention(query, key, key, bias)
+        bias.amplitudes.data.mul_(-3.0)
+        torch.testing.assert_close(posattn.attention(query, key, key, bias), before)
+        posattn.attention(key, key, key, bias)
+        expected = posattn.attention_reference(query, key, key, bias)
+        torch.testing.assert_close(posattn.attention(query, key, key, bias), expected)
+        assert not torch.allclose(before, expected)
 
 
 def change_in_place(bias):
@@ -368,3 +382,63 @@ def test_a_table_of_the_caller():
         own = K[b : b + 1, :, :n]
         expected = posattn.attention_reference(Q[b : b + 1], own, own, table[:, 32 - n :])
         torch.testing.assert_close(out[b : b + 1], expected)
+
+
+# ------------------------------------------------------------------------------------------- on a GPU
+
+
+def on_the_gpu(length, queries=1, heads=4):
+    query = torch.randn(2, heads, queries, 64, device="cuda", dtype=torch.float16)
+    key, value = torch.randn(2, 2, 2, length, 64, device="cuda", dtype=torch.float16).unbind()
+    return query, key, value, torch.tensor([length, length // 3], dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", ["tisa", "alibi", "kerple-log"])
+def test_a_graph_serves_a_growing_cache(bias):
+    query, key, value, lengths = on_the_gpu(5000)
+    bias = make(bias, 4).cuda()
+    call = dict(cache_seqlens=lengths, enable_gqa=True, backend="triton")
+    attention_with_kvcache(query, key, value, bias, **call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_with_kvcache(query, key, value, bias, **call)
+    for first, second in ((5000, 17), (1, 0), (64, 4999)):
+        lengths.copy_(torch.tensor([first, second], dtype=torch.int32))
+        graph.replay()
+        torch.testing.assert_close(
+            out, attention_with_kvcache(query, key, value, bias, **call), rtol=0, atol=0
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", ["", "tisa", "alibi", "t5"])
+def test_nothing_waits_for_the_device(bias):
+    query, key, value, lengths = on_the_gpu(3000)
+    module = make(bias, 4).cuda() if bias else None
+    call = dict(cache_seqlens=lengths, enable_gqa=True, backend="triton")
+    attention_with_kvcache(query, key, value, module, **call)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention_with_kvcache(query, key, value, module, **call)
+        posattn.attention(query, key, value, module, is_causal=True, enable_gqa=True, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_table_that_a_graph_reads_stays():
+    bias = make("tisa", 4).cuda()
+    query, key, value, lengths = on_the_gpu(200)
+    call = dict(cache_seqlens=lengths, enable_gqa=True, backend="triton")
+    attention_with_kvcache(query, key, value, bias, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_with_kvcache(query, key, value, bias, **call)
+    expected = attention_with_kvcache(query, key, value, bias, **call)
+    kept_table.kept_table(bias, 100_000, torch.float32)  # a longer one takes its place
+    filler = [torch.full((4, 271), float("nan"), device="cuda") for _ in range(50)]
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert filler

@@ -8,30 +8,18 @@ there is one query, so these are converted here, CHUNK keys at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import decode_parts
 from .ops import empty_outputs
 from .strips import DEAD, INVISIBLE
 
 SLOPE = 0.01  # of the LeakyReLU in a DAPE
 CHUNK = 1024
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-class _Part(NamedTuple):
-    """Batch entries that see the same keys: their queries stand at position, their keys are first .. last - 1."""
-
-    batch: slice
-    position: int
-    first: int
-    last: int
-    keys: Tensor  # (batch, Hk, last - first, D)
-    values: Tensor
 
 
 @torch.no_grad()
@@ -58,14 +46,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     made = []
-    for part in _parts(q, k, v, block_table, seqlens, start, left, right, whole=False):
+    for part in decode_parts.parts(q, k, v, block_table, seqlens, start, left, right, whole=False):
         rows = q[part.batch]
         if part.first >= part.last:
             made.append(_nothing(rows, v, dtype))
             continue
         bias = _bias(part, q, table, slopes, strip, relative, zero, symmetric, dtype)
-        hidden = _hidden(part, q.shape[2], left, right, q.device)
-        bias = _add_mask(bias, hidden, _padding(part, key_mask), dtype)
+        hidden = decode_parts.hidden(part, q.shape[2], left, right, q.device)
+        bias = _add_mask(bias, hidden, decode_parts.padding(part, key_mask), dtype)
         batch, heads, queries, head_dim = rows.shape
         packed = rows.reshape(batch, part.keys.shape[1], -1, head_dim)
         if bias is not None:
@@ -110,107 +98,31 @@ def mix_forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = w1.dtype
     made = []
-    for part in _parts(q, k, v, block_table, seqlens, start, left, right, whole=published):
+    for part in decode_parts.parts(q, k, v, block_table, seqlens, start, left, right, whole=published):
         rows = q[part.batch]
         if part.first >= part.last:
             made.append(_nothing(rows, v, dtype))
             continue
         batch, heads, queries, head_dim = rows.shape
         base = _bias(part, q, table, None, strip, None, zero, True, dtype)
-        hidden = _hidden(part, queries, left, right, q.device)
-        padding = _padding(part, key_mask)
+        hidden = decode_parts.hidden(part, queries, left, right, q.device)
+        padding = decode_parts.padding(part, key_mask)
         packed = rows.reshape(batch, part.keys.shape[1], -1, head_dim)
         scores = _scores(packed, part.keys, dtype).mul_(scale).view(batch, heads, queries, -1)
-        unheard = _either(hidden, None if published else padding)
+        unheard = decode_parts.either(hidden, None if published else padding)
         scores = _mixed(scores, base, unheard, w1, b1, w2, b2, published)
-        unseen = _either(hidden, padding)
+        unseen = decode_parts.either(hidden, padding)
         if unseen is not None:
             scores.masked_fill_(unseen, INVISIBLE)
         made.append(_softmax(scores.view(*packed.shape[:3], -1), part.values))
     return _joined(made, q, v, sinks, dtype)
 
 
-# ------------------------------------------------------------------------------------------ which keys
-
-
-def _parts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor | None,
-    seqlens: Tensor | None,
-    start: int,
-    left: int,
-    right: int,
-    whole: bool,
-) -> Iterator[_Part]:
-    """whole: also the keys that no query sees, except those beyond an entry's length."""
-    queries, page = q.shape[2], 0 if block_table is None else k.shape[1]
-    room = k.shape[2] if block_table is None else block_table.shape[1] * page
-    if seqlens is None:
-        spans = [(slice(0, q.shape[0]), room)] if block_table is None else _each(q.shape[0], room)
-    else:
-        lengths = [min(max(0, n), room) for n in seqlens.tolist()]
-        if block_table is None and len(set(lengths)) == 1:
-            spans = [(slice(0, len(lengths)), lengths[0])]
-        else:
-            spans = [(slice(b, b + 1), n) for b, n in enumerate(lengths)]
-    for batch, count in spans:
-        position = start if seqlens is None else count - queries
-        first, last = 0, count
-        if not whole:
-            first = 0 if left < 0 else max(0, position - left)
-            last = count if right < 0 else min(count, position + queries + right)
-        if block_table is None:
-            keys, values = k[batch, :, first:last], v[batch, :, first:last]
-        else:
-            pages = block_table[batch.start, first // page : max(first, last + page - 1) // page].long()
-            edge = first % page
-            keys, values = (
-                t[pages].flatten(0, 1)[edge : edge + max(0, last - first)].transpose(0, 1)[None]
-                for t in (k, v)
-            )
-        yield _Part(batch, position, first, last, keys, values)
-
-
-def _each(batch: int, count: int) -> list[tuple[slice, int]]:
-    return [(slice(b, b + 1), count) for b in range(batch)]
-
-
-def _hidden(part: _Part, queries: int, left: int, right: int, device: torch.device) -> Tensor | None:
-    """(Lq, keys), True where a query does not see a key; None where they all see all."""
-    sees_first = left < 0 or part.first - (part.position + queries - 1) >= -left
-    sees_last = right < 0 or part.last - 1 - part.position <= right
-    if sees_first and sees_last:
-        return None
-    i = torch.arange(part.position, part.position + queries, device=device)[:, None]
-    offset = torch.arange(part.first, part.last, device=device) - i
-    hidden = torch.zeros_like(offset, dtype=torch.bool)
-    if left >= 0:
-        hidden |= offset < -left
-    if right >= 0:
-        hidden |= offset > right
-    return hidden
-
-
-def _padding(part: _Part, key_mask: Tensor | None) -> Tensor | None:
-    """(batch, 1, 1, keys), True for a key that does not count."""
-    if key_mask is None:
-        return None
-    return ~key_mask[part.batch, None, None, part.first : part.last]
-
-
-def _either(hidden: Tensor | None, padding: Tensor | None) -> Tensor | None:
-    if hidden is None or padding is None:
-        return padding if hidden is None else hidden[None, None]
-    return hidden | padding
-
-
 # -------------------------------------------------------------------------------------------- the bias
 
 
 def _bias(
-    part: _Part,
+    part: decode_parts.Part,
     q: Tensor,
     table: Tensor | None,
     slopes: Tensor | None,
@@ -250,7 +162,7 @@ def _bias(
 def _add_mask(
     bias: Tensor | None, hidden: Tensor | None, padding: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    unseen = _either(hidden, padding)
+    unseen = decode_parts.either(hidden, padding)
     if unseen is None:
         return bias
     if bias is None:
@@ -261,7 +173,9 @@ def _add_mask(
 # ------------------------------------------------------------------------------------------ the results
 
 
-def _by_kernel(packed: Tensor, part: _Part, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _by_kernel(
+    packed: Tensor, part: decode_parts.Part, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     keys, values, value_dim = part.keys, part.values, part.values.shape[3]
     if keys.shape[3] != value_dim:  # the kernel knows one for all
         width = max(keys.shape[3], value_dim)

@@ -42,8 +42,9 @@ def kept_table(bias: Bias, length: int, dtype: torch.dtype) -> tuple[Tensor, int
 
     The same memory from call to call while the parameters and buffers of the bias are the same tensors, unchanged in
     place (a write through ``.data`` shows after the next `forget`), and it stays in training or in evaluation; whoever
-    gets it only reads it. None where nothing can be kept: under grad mode, torch.compile, torch.func and (possibly) FSDP, for tensors without a count
-    of changes (made in inference mode), and for a bias of another package in training, which may draw random numbers.
+    gets it only reads it. None where nothing can be kept: under grad mode, torch.compile, torch.func and (possibly)
+    FSDP, for tensors without a count of changes (made in inference mode), and for a bias of another package in
+    training, which may draw random numbers.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _under_fsdp():
         return None

@@ -27,8 +27,8 @@ def check_relative_logits(
         raise ValueError(f"relative_logits must be on query's device {query.device}, got {relative.device}")
     if bias is not None:
         raise ValueError(
-            f"relative_logits and bias cannot be given together, got a bias of {checks._kind(bias)}; a bias of the offset "
-            "alone can be added to relative_logits where it is made"
+            f"relative_logits and bias cannot be given together, got a bias of {checks._kind(bias)}; "
+            "a bias of the offset alone can be added to relative_logits where they are made"
         )
 
 

@@ -33,7 +33,7 @@ from .relative import Relative, RelativeGradient
 from .rule import Plain
 from .scaled import LEAST_ROWS, ScaledGradient, add_up, room_for_sums
 from .scaled import prepare as prepare_scaled
-from .sequences import fold_rows
+from .sequences import clear_behind, fold_rows
 from .toeplitz import ToeplitzGradient, prepare
 
 OPEN = 2**30
@@ -157,6 +157,18 @@ class Problem:
         )
         return made * math.log(2.0)
 
+    def clear(self, made: Tensor, keys: bool = False, values: Tensor | None = None) -> None:
+        """0, or a value a head, in the rows (or keys) of [1, H, L, ...] behind the last sequence."""
+        if self.sequences is None or self.batch != 1 or made.numel() == 0:
+            return  # several batch entries end with a sequence
+        rows = made if made.dim() == 4 else made[..., None]
+        cu = self.sequences.cu_k if keys else self.sequences.cu_q
+        with on(self.q):
+            clear_behind[(triton.cdiv(rows.shape[2], 32), rows.shape[1])](
+                rows, cu, values, self.count, rows.shape[2], rows.stride(1), rows.stride(2), D=rows.shape[3],
+                WIDTH=triton.next_power_of_2(rows.shape[3]), BLOCK=32,
+            )  # fmt: skip
+
     def tile_diagonals(self, config: configs.Config) -> int:
         behind, ahead = (triton.cdiv(n, config.block_m) for n in (self.behind, self.ahead))
         return (behind + ahead - (self.sequences is None)) * self.heads
@@ -194,12 +206,15 @@ def forward(
     )  # fmt: skip
     out = torch.empty_like(q) if p.value_dim == p.head_dim else q.new_empty(*q.shape[:3], p.value_dim)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    sinks = None if sinks is None else sinks.contiguous()
     if lse.numel():
         p.launch(
             "forward", attend_forward, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, LSE=lse,
-            SINKS=None if sinks is None else sinks.contiguous(),
+            SINKS=sinks,
             rule=p.rule, scale=p.scale2, **strides(q=p.q, k=p.k, v=p.v, o=out),
         )  # fmt: skip
+        p.clear(out)
+        p.clear(lse, values=lse.new_full((p.heads,), -math.inf) if sinks is None else sinks)
     return out, lse
 
 
@@ -301,6 +316,9 @@ def backward(
             ends = tails.view(-1, p.heads, places, 2).sum((0, 2))
             dtable[:, 0] += ends[:, 0]
             dtable[:, -1] += ends[:, 1]
+    p.clear(dq)
+    p.clear(dk, keys=True)
+    p.clear(dv, keys=True)
     if relative is not None:
         if need_drelative and rule.grad is not drelative:
             drelative.copy_(rule.grad)

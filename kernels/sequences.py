@@ -3,7 +3,8 @@
 Packed, the rows of all batch entries are one list, and cu_q, cu_k [S + 1] say where each sequence begins in it; a
 sequence never crosses a batch entry. Tile t of a head belongs to the last sequence s with cu[s] // BLOCK + s <= t:
 every sequence then has tiles enough for its rows, total // BLOCK + S tiles do for a head whatever the lengths are, and
-nothing is counted on the host. A program that finds no rows left in its sequence returns.
+nothing is counted on the host. A program that finds no rows left in its sequence returns. Rows behind the last
+sequence belong to none: `clear_behind` writes there what a query that sees nothing gets.
 
 In a kernel i and j count from the start of the sequence, base pointers stand there, and query i has the position
 i + d, d = keys - queries; key j has the position j. Rules are given positions. Unpacked, d is the constant 0.
@@ -84,6 +85,22 @@ def keys_of_program(CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_N: tl.constexpr):
         query, key, lq, lk = sequence(CU_Q, CU_K, s, Lq, Lk)
         b = (key // Lk).to(tl.int64)
         return (n - key // BLOCK_N - s) * BLOCK_N, pid // tiles, b, query - b * Lq, key - b * Lk, lq, lk, lk - lq
+
+
+@triton.jit(do_not_specialize=["count", "length"])
+def clear_behind(X, CU, VALUES, count, length, x_h, x_l, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """X [H, length, D] = VALUES[h], or 0 without, in the rows behind the last sequence, which no program owns."""
+    first = tl.program_id(0) * BLOCK
+    h = tl.program_id(1)
+    last = tl.load(CU + count)
+    if first + BLOCK > last:
+        row = first + tl.arange(0, BLOCK)[:, None]
+        column = tl.arange(0, WIDTH)[None, :]
+        filled = tl.zeros([BLOCK, WIDTH], tl.float32)
+        if VALUES is not None:
+            filled += tl.load(VALUES + h)
+        pointers = X + h.to(tl.int64) * x_h + row.to(tl.int64) * x_l + column
+        tl.store(pointers, filled.to(X.dtype.element_ty), mask=(row >= last) & (row < length) & (column < D))
 
 
 @triton.jit(do_not_specialize=["count", "lowest", "length"])

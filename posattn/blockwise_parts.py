@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .strips import Batches, Block, Rule, same_keys
@@ -87,6 +88,9 @@ class Cut:
                 first, before = b * query_length, b * key_length
                 rows, keys = range(q0 - first, q1 - first), range(k0 - before, k1 - before)
                 self._append(Part(range(b, b + 1), rows, keys, None, rows.stop - keys.stop))
+        rest = range(ends_q[-1] - (batch - 1) * query_length, query_length)
+        if rest:  # behind the last sequence: nobody's, and so without keys
+            self.parts.append(Part(range(batch - 1, batch), rest, range(0), None))
         self.margin = max((len(part.rows) + len(part.keys) for part in self.parts if part.several), default=0)
         self._numbers: tuple[Tensor, Tensor] | None = None
         seen = self.parts
@@ -110,7 +114,8 @@ class Cut:
         """(rows, keys), last row first: whether the pair is of two sequences."""
         if self._numbers is None:
             batch, query_length, key_length = self.shape
-            queries, keys = (_number(cu) for cu in self.sequences[:2])
+            queries = _number(self.sequences.cu_q, batch * query_length)
+            keys = _number(self.sequences.cu_k, batch * key_length)
             self._numbers = queries.view(batch, query_length), keys.view(batch, key_length)
         queries, keys = (numbers[block.batch.start] for numbers in self._numbers)
         rows = queries[block.rows.start : block.rows.stop].flip(0)
@@ -119,10 +124,10 @@ class Cut:
     def positions(self) -> Tensor:
         """(B * Lq,): where each query stands among the keys of its sequence."""
         cu_q, cu_k, *_ = self.sequences
-        lengths = cu_q.diff()
-        first = cu_k.diff() - cu_q[1:]  # what is added to a row's number
         row = torch.arange(self.shape[0] * self.shape[1], device=cu_q.device)
-        return row + first.repeat_interleave(lengths, output_size=len(row))
+        first = F.pad(cu_k.diff() - cu_q[1:], (0, 1))  # what is added to a row's number
+        position = row + first.repeat_interleave(_with_rest(cu_q, len(row)), output_size=len(row))
+        return torch.where(row < cu_q[-1], position, -self.sequences.max_q)  # behind the last: any that there is
 
 
 def _check_longest(name: str, said: int, ends: list[int]) -> None:
@@ -131,10 +136,15 @@ def _check_longest(name: str, said: int, ends: list[int]) -> None:
         raise ValueError(f"{name} must be at least the longest sequence's length {longest}, got {said}")
 
 
-def _number(cu: Tensor) -> Tensor:
-    """0 for the rows of the first sequence, 1 for those of the second, ..."""
-    sequence = torch.arange(len(cu) - 1, device=cu.device)
-    return sequence.repeat_interleave(cu.diff())
+def _number(cu: Tensor, length: int) -> Tensor:
+    """0 for the rows of the first sequence, 1 for those of the second, ...: (length,)."""
+    sequence = torch.arange(len(cu), device=cu.device)
+    return sequence.repeat_interleave(_with_rest(cu, length))
+
+
+def _with_rest(cu: Tensor, length: int) -> Tensor:
+    """The lengths of all sequences, and what is behind them."""
+    return torch.cat([cu, cu.new_full((1,), length)]).diff()
 
 
 def _without_padding(part: Part, entry: Batches) -> Part:

@@ -14,6 +14,7 @@ from .biases.dape import DAPE
 from .dropout import draw
 from .mix_ops import Mix
 from .ops import Sequences
+from .strips import INVISIBLE
 
 
 def attend(
@@ -30,6 +31,9 @@ def attend(
     sequences: Sequences | None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse of arguments that are checked; with sequences, those of `ops.attend_forward`, rule has no starts."""
+    if torch.compiler.is_compiling():  # which takes no tensor twice
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is query or value is key else value
     query, key, value = (readable(t) for t in (query, key, value))
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     sinks = None if sinks is None else sinks.to(dtype).contiguous()
@@ -107,7 +111,7 @@ def attend(
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """What one more logit a head, without a value, makes of attention without it."""
-    sinks = sinks[:, None]
+    sinks = sinks.clamp(min=INVISIBLE)[:, None]  # so that -inf beside no key at all is not NaN
     share = torch.sigmoid(lse - sinks)
     return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
 
@@ -157,6 +161,10 @@ def _mix_sequences(
     """Sequence by sequence: a DAPE's scratch is that of one problem. Waits for the device."""
     ends = list(zip(sequences.cu_q.tolist(), sequences.cu_k.tolist()))
     query_length, key_length = query.shape[2], key.shape[2]
+    if query.shape[0] * query_length > ends[-1][0]:  # rows of nobody, behind the last sequence
+        ends.append((query.shape[0] * query_length, ends[-1][1]))
+    if query.numel() == 0:
+        return _mix(query, key, value, bias, key_mask, rule, backend)
     outs: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     lses: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for (q0, k0), (q1, k1) in pairwise(ends):
@@ -179,7 +187,7 @@ def _mix_sequences(
 def documents(document_ids: Tensor) -> Sequences:
     """A sequence for each run of equal numbers in a row of document_ids (B, L). Waits for the device."""
     starts = torch.ones_like(document_ids, dtype=torch.bool)
-    torch.ne(document_ids[:, 1:], document_ids[:, :-1], out=starts[:, 1:])
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     first = starts.flatten().nonzero().flatten().int()
     cu = torch.cat([first, first.new_full((1,), document_ids.numel())])
     return Sequences(cu, cu, document_ids.shape[1], document_ids.shape[1])

@@ -94,7 +94,7 @@ def check_sequences(name: str, cu_seqlens: Tensor, max_seqlen: int, tensor: Tens
     total = tensor.shape[0]
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{cu} must be a Tensor, got {checks._kind(cu_seqlens)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         came = f"{checks._shape(cu_seqlens)} of {cu_seqlens.dtype}"
         raise ValueError(f"{cu} must be an int32 or int64 vector of one number more than sequences, got {came}")
     if cu_seqlens.device != tensor.device:
@@ -107,9 +107,9 @@ def check_sequences(name: str, cu_seqlens: Tensor, max_seqlen: int, tensor: Tens
         return
     lengths = cu_seqlens.diff()
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != total or int(lengths.min()) < 0:
-        raise ValueError(f"{cu} must ascend from 0 to the {total} tokens, got {cu_seqlens.tolist()}")
-    if int(lengths.max()) > max_seqlen:
+    if first != 0 or last > total or (len(lengths) and int(lengths.min()) < 0):
+        raise ValueError(f"{cu} must ascend from 0 to at most the {total} tokens, got {cu_seqlens.tolist()}")
+    if len(lengths) and int(lengths.max()) > max_seqlen:
         raise ValueError(f"{most} must be at least the longest sequence, {int(lengths.max())}, got {max_seqlen}")
 
 

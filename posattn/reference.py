@@ -68,7 +68,7 @@ def attention_reference(
         key_start=key_start,
     )
 
-    if document_ids is not None:
+    if document_ids is not None and document_ids.numel() > 0:
         call = partial(
             attention_reference, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window=window,
             softcap=softcap, sinks=sinks, dropout_p=dropout_p, return_lse=True,

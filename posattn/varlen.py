@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, option_checks
+from . import checks, decode, option_checks
 from .biases.bias import Bias
 from .biases.dape import DAPE
 from .dispatch import attend, autocast
@@ -44,8 +44,10 @@ def attention_varlen(
         query: (Tq, Hq, D), float16, bfloat16, float32 or float64; D at most 256.
         key: (Tk, Hk, D). value: (Tk, Hk, Dv). Both of query's dtype and device.
         cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, on query's device: 0, and where each sequence ends. Pass
-            the same tensor twice for self-attention: backward then does less. A sequence may be empty.
-        max_seqlen_q, max_seqlen_k: the lengths of the longest, or more. Values are checked on a CPU only.
+            the same tensor twice for self-attention: backward then does less. A sequence may be empty. Tokens behind
+            the last sequence, in a buffer of fixed size, get out = 0, lse = -inf and no gradient.
+        max_seqlen_q, max_seqlen_k: the lengths of the longest, or more; it is a bias that is made so long. What these
+            four hold is checked on a CPU only: with a number that is too small a GPU reads beyond the bias's table.
         bias: as for `posattn.attention`; a table is (Hq, max_seqlen_q + max_seqlen_k - 1), with the bias of the
             offset o at ``[h, o + max_seqlen_k - 1]``.
         is_causal, scale, enable_gqa, window, softcap, sinks, dropout_p, backend: as for `posattn.attention`.
@@ -99,6 +101,7 @@ def attention_varlen(
     if isinstance(bias, DAPE):
         checks.check_dape(bias, query, rule, is_causal)
     backend = checks.choose_backend(backend, query, value, bias)
+    decode.begin(query, query, bias)
 
     cu_q = cu_seqlens_q.to(torch.int32).contiguous()
     cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.to(torch.int32).contiguous()

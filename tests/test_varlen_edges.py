@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from backends import small_blocks
+from backends import BACKENDS, by, small_blocks
 from bias_cases import HEADS
 from calls import same
 from oracle import attention_oracle
@@ -12,7 +14,7 @@ from oracle_features import features_oracle
 from test_blockwise import Largest
 from test_varlen import SEQUENCES, make_bias, packed
 
-from posattn import attention_varlen, blockwise
+from posattn import DAPE, KERPLE, attention_varlen, blockwise
 from posattn.ops import Sequences
 
 
@@ -46,6 +48,46 @@ def test_no_keys_at_all(sinks):
     assert (out == 0).all()
     assert torch.equal(lse, (torch.full((3,), -torch.inf) if sinks is None else sinks)[:, None].expand(3, 5))
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), tensors))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["none", "tisa", "fire", "dape"])
+@pytest.mark.parametrize("lengths", [([5, 7], [5, 7]), ([5, 0, 7], [3, 2, 8])])
+def test_tokens_behind_the_last_sequence(backend, name, lengths):
+    """A buffer of fixed size: as without them, and they get 0, whatever they hold."""
+    if name == "dape":
+        bias = DAPE(HEADS, base=KERPLE(HEADS), hidden=4)
+    else:
+        bias = None if name == "none" else make_bias(name)[0]
+    tensors, cut = packed(*lengths)
+    sinks = torch.randn(HEADS, requires_grad=True)
+    rest = 9
+    full = [torch.cat([t.detach(), torch.full((rest, HEADS, 8), 3.0)]).requires_grad_() for t in tensors]
+    if lengths[0] == lengths[1]:
+        cut = (cut[0], cut[0], *cut[2:])
+    call = partial(by, backend, attention_varlen)
+    expected = call(*tensors, *cut, bias, is_causal=True, sinks=sinks, return_lse=True)
+    out, lse = call(*full, *cut, bias, is_causal=True, sinks=sinks, return_lse=True)
+    count = sum(lengths[0])
+    torch.testing.assert_close((out[:count], lse[:, :count]), expected, atol=1e-6, rtol=1e-6)
+    assert (out[count:] == 0).all()
+    assert torch.equal(lse[:, count:], sinks[:, None].expand(HEADS, rest))
+    others = [sinks, *([] if bias is None else bias.parameters())]
+    grads = torch.autograd.grad(out.sin().sum() + lse[:, :count].sum(), [*full, *others])
+    right = torch.autograd.grad(expected[0].sin().sum() + expected[1].sum(), [*tensors, *others])
+    for grad, other in zip(grads, right):
+        torch.testing.assert_close(grad[: len(other)], other, atol=2e-6, rtol=2e-6)
+        assert (grad[len(other) :] == 0).all()
+
+
+def test_no_tokens_and_no_sequences():
+    nothing = torch.randn(0, HEADS, 8, requires_grad=True)
+    cu = torch.tensor([0])
+    for bias in (None, make_bias("tisa")[0], DAPE(HEADS, hidden=4)):
+        out, lse = attention_varlen(nothing, nothing, nothing, cu, cu, 0, 0, bias, return_lse=True)
+        assert out.shape == (0, HEADS, 8)
+        assert lse.shape == (HEADS, 0)
+        out.sum().backward()
 
 
 def test_the_same_bits_again():
@@ -110,11 +152,11 @@ def arguments():
             ValueError,
             "cu_seqlens_q must be an int32 or int64 vector",
         ),
-        (dict(cu_seqlens_q=torch.tensor([0])), ValueError, "cu_seqlens_q must be"),
+        (dict(cu_seqlens_q=torch.tensor([0])), ValueError, "as many sequences, got 0 and 2"),
         (
             dict(cu_seqlens_q=torch.tensor([0, 3, 6])),
             ValueError,
-            r"cu_seqlens_q must ascend from 0 to the 5 tokens",
+            r"cu_seqlens_q must ascend from 0 to at most the 5 tokens",
         ),
         (dict(cu_seqlens_q=torch.tensor([1, 3, 5])), ValueError, "cu_seqlens_q must ascend from 0"),
         (dict(cu_seqlens_k=torch.tensor([0, 7, 6])), ValueError, "cu_seqlens_k must ascend from 0"),

@@ -81,7 +81,9 @@ class Cache:
         self.copies = [torch.randn(shape, device=device, dtype=self.dtype).unbind() for _ in range(copies)]
         self.query = torch.randn(place.batch, place.heads, 1, place.head_dim, device=device, dtype=self.dtype)
         self.seqlens = torch.full((place.batch,), place.length, dtype=torch.int32, device=device)
-        self.tisa, self.alibi = posattn.TISA(place.heads).to(device), posattn.ALiBi(place.heads).to(device)
+        self.tisa, self.alibi = (
+            kind(place.heads).to(device).eval() for kind in (posattn.TISA, posattn.ALiBi)
+        )
         self.row = self.tisa.table(1, place.length)  # offsets 1 - N to 0
         self.mask = self.row[None, :, None].to(self.dtype)
         self.pages = 16

@@ -30,7 +30,7 @@ MODEL = (
 
 
 def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
-    """(chip, direction, bits, width, rule): all rules of sm_90 in 16 bits, else those that spill first."""
+    """(chip, direction, bits, width, rule): all of sm_90 in 16 bits, else the one that spills first as a rule."""
     from posattn.kernels.configs import CONFIGS
 
     from . import aot_decode, aot_mixing, aot_spe
@@ -43,7 +43,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
         if everything:
             rules += (SOFTCAP[direction], *calls)
         elif (chip, bits) != ("sm_90", 16):
-            rules = HEAVIEST[direction]
+            rules = (HEAVIEST[direction],)
         elif width <= 128:
             rules += calls
         if chips is None or chip in chips:

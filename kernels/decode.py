@@ -187,8 +187,8 @@ def decode_split(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split: ACC [B, H, Lq, splits, DV] and STATE [2, B, H, Lq, splits], maximum and sum; the only one OUT, LSE."""
-    split = tl.program_id(0)
-    pid = tl.program_id(1)
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
     row0 = pid % row_blocks * BLOCK_M
     kv = pid // row_blocks % (H // GROUP)
     b = (pid // row_blocks // (H // GROUP)).to(tl.int64)
@@ -248,7 +248,7 @@ def decode_split(
         tl.store(pointers, out.to(OUT.dtype.element_ty), mask=inside(ok[:, None], d, DV, VALUE_DIM))
         tl.store(LSE + row, lse, mask=ok)
     else:
-        rows = tl.num_programs(1).to(tl.int64) // row_blocks * GROUP * Lq
+        rows = tl.num_programs(0).to(tl.int64) // row_blocks * GROUP * Lq
         row = row * splits + split
         tl.store(ACC + row[:, None] * DV + d, acc, mask=inside(ok[:, None], d, DV, VALUE_DIM))
         tl.store(STATE + row, top, mask=ok)

@@ -1,7 +1,8 @@
 """Decoding from tensors to kernels: `forward`, and `mix_forward` for DAPE; arguments as in posattn/decode_ops.py.
 
 The grid follows from shapes alone (splits from the keys there is room for), so that a CUDA graph may hold the call
-while its cache fills; nothing waits for the device.
+while its cache fills; nothing waits for the device. Its first axis is that of entries, heads and rows, which may be
+many: the others take 65535 at most.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Decoding:
             bias = dict(BIAS=logits, KIND=STRIP, zero=0, length=self.keys, **bias_strides(STRIP, logits))
         log2e = math.log2(math.e)
         with on(q):
-            decode_split[splits, self.programs](
+            decode_split[self.programs, splits](
                 Q=q, K=None if logits is not None else self.k, V=v, OUT=out, LSE=lse, ACC=acc, STATE=state,
                 SINKS=sinks, PAD=mask, scale=(scale / softcap if softcap else scale) * log2e, softcap=softcap * log2e,
                 splits=splits, **self.cache, **self.seen, **self.sizes, **bias, **self.key_strides,
@@ -165,12 +166,12 @@ def mix_forward(
     block_n, warps = table_of.pick_mix(p.chip, q.element_size() * 8, padded(heads) + padded(hidden))
     with on(q):
         splits = p.splits(p.programs, p.config.block_n)
-        decode_scores[splits, p.programs](
+        decode_scores[p.programs, splits](
             Q=q, K=k, S=scores, scale=scale, margin=margin, splits=splits, W=width, **p.cache, **p.seen, **p.sizes,
             **p.key_strides, **tensor_strides("q", q, "bhl"), D=p.head_dim, HEAD_DIM=padded(p.head_dim), **tile,
         )  # fmt: skip
         splits = p.splits(p.batch * p.queries, block_n)
-        decode_mix[splits, p.batch * p.queries](
+        decode_mix[p.batch * p.queries, splits](
             S=scores, L=logits, PAD=mask, W1=w1, B1=b1, W2=w2, B2=b2, splits=splits, W=width, **p.seen, **p.bias,
             **tensor_strides("p", mask, "b"), H=heads, HIDDEN=hidden, K=taps, HEADS=padded(heads),
             UNITS=padded(hidden), PUBLISHED=published, DTYPE=tl.float32 if q.dtype == torch.float32 else tl.float16,

@@ -38,13 +38,13 @@ def decode_scores(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S[b, h, i, j] = scale * q k of the keys that a query sees, and `margin` more on either side."""
-    pid = tl.program_id(1)
+    pid = tl.program_id(0)
     row0 = pid % row_blocks * BLOCK_M
     kv = pid // row_blocks % (H // GROUP)
     b = (pid // row_blocks // (H // GROUP)).to(tl.int64)
     keys, position = place(SEQLENS, b, start, Lq, Lk)
     first, begin, end = visible_range(position, keys, low - margin, high + margin, Lq, BLOCK_N)
-    begin, stop = part_of(begin, end, tl.program_id(0), splits, BLOCK_N)
+    begin, stop = part_of(begin, end, tl.program_id(1), splits, BLOCK_N)
     q = load_packed(Q + b * q_b, q_h, q_l, row0, kv, GROUP, Lq, BLOCK_M, HEAD_DIM, D)
     K += kv.to(tl.int64) * k_h
     if PAGES is not None:
@@ -96,11 +96,11 @@ def decode_mix(
     UNITS: tl.constexpr, PUBLISHED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """L = S + bias + the network, natural units, at every key that the query sees."""
-    i = tl.program_id(1) % Lq
-    b = (tl.program_id(1) // Lq).to(tl.int64)
+    i = tl.program_id(0) % Lq
+    b = (tl.program_id(0) // Lq).to(tl.int64)
     keys, position = place(SEQLENS, b, start, Lq, Lk)
     _, begin, end = visible_range(position + i, keys, low, high, 1, BLOCK_N)
-    begin, stop = part_of(begin, end, tl.program_id(0), splits, BLOCK_N)
+    begin, stop = part_of(begin, end, tl.program_id(1), splits, BLOCK_N)
     row = (b * H * Lq + i) * W
     S += row
     L += row

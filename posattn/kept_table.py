@@ -1,6 +1,9 @@
 """A bias's table kept from token to token: made once for a length, doubled when it is outgrown, sliced by each call.
 
-Kept beside the bias, not in it: copies and pickles of a module know nothing of it, and it goes when the bias goes.
+Kept beside the bias, not in it: copies and pickles of a module know nothing of it, and it goes when the bias goes. Only
+in evaluation, and only of biases of this package, of which all that their values depend on is known and compared at
+each call. What no comparison can see, a write through ``parameter.data`` or into its memory, shows after a switch of
+`train` and `eval`, at the next sequence that begins, or after ``posattn.kept_table.forget(bias)``.
 """
 
 from __future__ import annotations
@@ -14,12 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from .biases.bias import Bias
+from .changes import last_step
 from .strips import INVISIBLE
 
 AHEAD = 15  # offsets after the query's own that a table holds: calls have up to 16 queries
 LEAST = 256  # keys that a table is made for, at least
 
-_KINDS = (Tensor, nn.Parameter)
+_TENSORS = (Tensor, nn.Parameter)
+_SCALARS = (bool, int, float, str, type(None))
+_OURS = ("posattn.biases.", "torch.nn.modules.")
+# What a module's __dict__ has beside its settings; tensors and children are compared one by one.
+_STORES = frozenset(Bias(1).__dict__) - {"training", "num_heads"}
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -29,6 +37,7 @@ class _Kept(NamedTuple):
     table: Tensor
     length: int
     version: int
+    made: tuple[int, Any]  # the CUDA stream that has written it, and the event after that
 
 
 _kept: weakref.WeakKeyDictionary[Bias, dict[torch.dtype, _Kept]] = weakref.WeakKeyDictionary()
@@ -40,17 +49,17 @@ _lock = threading.Lock()
 def kept_table(bias: Bias, length: int, dtype: torch.dtype) -> tuple[Tensor, int] | None:
     """(table, zero): (H, T) in dtype, at least -1e30, the offset o at ``zero + o`` for ``-length < o <= 15``.
 
-    The same memory from call to call while the parameters and buffers of the bias are the same tensors, unchanged in
-    place (a write through ``.data`` shows after the next `forget`), and it stays in training or in evaluation; whoever
-    gets it only reads it. None where nothing can be kept: under grad mode, torch.compile, torch.func and (possibly)
-    FSDP, for tensors without a count of changes (made in inference mode), and for a bias of another package in
-    training, which may draw random numbers.
+    The same memory from call to call while the parameters, buffers and settings of the bias are the same, unchanged in
+    place, and no optimizer makes a step (a write through ``.data`` shows after `forget`, or a switch of mode); whoever
+    gets it only reads it. None where nothing is kept: in training, under grad mode, torch.compile, torch.func and
+    (possibly) FSDP, and where `facts_of` the bias cannot be told.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _under_fsdp():
+    if bias.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _under_fsdp():
         return None
-    facts: list[Any] = [bias.training]
-    if not _collect(bias, facts) or (bias.training and not type(bias).__module__.startswith("posattn.")):
+    facts = facts_of(bias)
+    if facts is None:
         return None
+    facts.append(last_step())
     found = _kept.get(bias)
     kept = None if found is None else found.get(dtype)
     if kept is None or kept.length < length or kept.table._version != kept.version or kept.facts != facts:
@@ -64,19 +73,57 @@ def kept_table(bias: Bias, length: int, dtype: torch.dtype) -> tuple[Tensor, int
             if any(other.facts != facts for other in entry.values()):
                 entry.clear()
             entry[dtype] = kept
-    elif kept.table.is_cuda and torch.cuda.is_current_stream_capturing():
-        with _lock:
-            tables = _captured.setdefault(bias, [])
-            if not any(table is kept.table for table in tables):
-                tables.append(kept.table)
+    elif kept.table.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            with _lock:
+                tables = _captured.setdefault(bias, [])
+                if not any(table is kept.table for table in tables):
+                    tables.append(kept.table)
+        else:
+            _wait(kept)
     return kept.table, kept.length - 1
 
 
 def forget(bias: Bias) -> None:
-    """The table is made again at the next call. Said where a sequence begins, so that no change is missed for long."""
+    """The table is made again at the next call.
+
+    For those who write into a parameter's memory past its count of changes (``parameter.data``, a collective, a CUDA
+    graph of training). Attention says it where a sequence begins and in training, `Bias.train` at a switch of mode.
+    """
     if bias in _kept:
         with _lock:
             _kept.pop(bias, None)
+
+
+def facts_of(module: nn.Module) -> list[Any] | None:
+    """What a module's values depend on: the identity and count of changes of its tensors, and its settings.
+
+    None where that cannot be told: a class that is not of this package (or of torch.nn, as a part), parametrizations,
+    settings that are no plain numbers or words, tensors that count no changes (made in inference mode). Some
+    microseconds for a few tensors.
+    """
+    facts: list[Any] = []
+    return facts if _collect(module, facts) else None
+
+
+def _collect(module: nn.Module, facts: list[Any]) -> bool:
+    kind = type(module)
+    if not kind.__module__.startswith(_OURS):
+        return False
+    facts.append(kind)
+    for name, value in module.__dict__.items():
+        if name not in _STORES:
+            if type(value) not in _SCALARS:
+                return False
+            facts += (name, value)
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is None:
+                continue
+            if type(tensor) not in _TENSORS or tensor.is_inference() or is_wrapped(tensor):
+                return False
+            facts += (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version)
+    return all(child is None or _collect(child, facts) for child in module._modules.values())
 
 
 def _make(bias: Bias, length: int, dtype: torch.dtype, facts: list[Any]) -> _Kept | None:
@@ -87,7 +134,19 @@ def _make(bias: Bias, length: int, dtype: torch.dtype, facts: list[Any]) -> _Kep
         if type(table) is not Tensor or table.shape != (bias.num_heads, room + AHEAD):
             return None
         aliases = tuple(t.detach() for t in (*bias.parameters(), *bias.buffers()))
-    return _Kept(facts, aliases, table, room, table._version)
+    made: tuple[int, Any] = (0, None)
+    if table.is_cuda:
+        stream = torch.cuda.current_stream(table.device)
+        made = stream.cuda_stream, stream.record_event()
+    return _Kept(facts, aliases, table, room, table._version, made)
+
+
+def _wait(kept: _Kept) -> None:
+    """Before another stream than the one that made a table reads it."""
+    stream = torch.cuda.current_stream(kept.table.device)
+    if stream.cuda_stream != kept.made[0]:
+        stream.wait_event(kept.made[1])
+        kept.table.record_stream(stream)
 
 
 def _under_fsdp() -> bool:
@@ -97,20 +156,3 @@ def _under_fsdp() -> bool:
 
 def _capturing(bias: Bias) -> bool:
     return torch.cuda.is_available() and bias._anchor().is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _collect(module: nn.Module, facts: list[Any]) -> bool:
-    """Appends what the table depends on; False if that cannot be told. Some microseconds for a few tensors."""
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is None:
-                continue
-            if type(tensor) not in _KINDS or tensor.is_inference() or is_wrapped(tensor):
-                return False
-            facts += (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version)
-    for child in module._modules.values():
-        if child is not None:
-            facts.append(type(child))
-            if not _collect(child, facts):
-                return False
-    return True

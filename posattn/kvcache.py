@@ -8,7 +8,7 @@ from torch import Tensor
 from . import checks, option_checks
 from .biases.bias import Bias
 from .biases.dape import DAPE
-from .decode import MAX_QUERIES, decode, wants_gradient
+from .decode import MAX_QUERIES, NO_GRADIENT, decode, transformed, wants_gradient
 
 
 def attention_with_kvcache(
@@ -39,9 +39,11 @@ def attention_with_kvcache(
 
     On a GPU the keys are split over all its multiprocessors and read once for all query heads that share them. What
     grows (cache_seqlens) is data on the device: nothing is compiled again, nothing waits for the device, and a CUDA
-    graph may hold the call. The table of a bias is made at the first call under ``torch.no_grad()``, for the whole
-    length of the cache, and kept while the parameters stay what they are: call once before a graph is captured. A graph
-    goes on reading that table.
+    graph may hold the call. The table of a bias of this package is made at the first call under ``torch.no_grad()`` in
+    evaluation (``bias.eval()``), for the whole length of the cache, and kept while the parameters stay what they are:
+    call once before a graph is captured. A graph goes on reading that table. A change through ``parameter.data`` shows
+    after a switch of ``train()`` and ``eval()``, or ``posattn.kept_table.forget(bias)``. Other biases, and all in
+    training, make their table at every call.
 
     Args:
         query: (B, Hq, Lq, D), Lq 1 to 16, float16, bfloat16, float32 or float64; D at most 256.
@@ -68,7 +70,8 @@ def attention_with_kvcache(
     Raises:
         TypeError: an argument is not of its Python type.
         ValueError: a shape, dtype, device or number that is not accepted; the message says which.
-        RuntimeError: under grad mode, when an argument or a parameter of the bias requires grad.
+        RuntimeError: under grad mode, when an argument, a parameter of the bias or what it makes requires grad; within
+            forward-mode differentiation and torch.func's transforms.
 
         >>> import torch, posattn
         >>> bias = posattn.TISA(num_heads=4)
@@ -81,9 +84,10 @@ def attention_with_kvcache(
         (torch.Size([2, 4, 1, 16]), True)
     """
     checks.check_tensor("query", query)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        query = query.to(torch.get_autocast_dtype(query.device.type))
-    room = _check_caches(query, key_cache, value_cache, block_table)
+    given = query
+    if query.dtype != torch.float64:
+        query = _autocast(query)
+    room = _check_caches(query, key_cache, value_cache, block_table, cast=query.dtype != given.dtype)
     _check_heads(query, key_cache.shape[1 if block_table is None else 2], enable_gqa)
     queries = query.shape[2]
     if not 1 <= queries <= MAX_QUERIES:
@@ -109,11 +113,13 @@ def attention_with_kvcache(
     )
     if isinstance(bias, DAPE):
         checks.check_dape(bias, query, rule, is_causal)
-    if wants_gradient(query, key_cache, value_cache, bias, sinks):
+    if not torch.compiler.is_compiling() and transformed():
         raise RuntimeError(
-            "attention_with_kvcache gives no gradient, and an argument or a parameter of the bias requires one: "
-            "call it under torch.no_grad(), or posattn.attention(), which is differentiable"
+            "attention_with_kvcache has no rules for forward-mode differentiation and torch.func's transforms: call it "
+            "outside of them"
         )
+    if wants_gradient(query, key_cache, value_cache, bias, sinks):
+        raise RuntimeError(NO_GRADIENT)
     backend = checks.choose_backend(backend, query, value_cache, bias)
     out, lse = decode(
         query,
@@ -131,8 +137,15 @@ def attention_with_kvcache(
     return (out, lse) if return_lse else out
 
 
-def _check_caches(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor | None) -> int:
-    """How many keys a sequence may have."""
+def _autocast(query: Tensor) -> Tensor:
+    device_type = query.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast
+        return query
+    return query.to(torch.get_autocast_dtype(device_type))
+
+
+def _check_caches(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor | None, cast: bool) -> int:
+    """How many keys a sequence may have; cast: autocast has changed the query's dtype."""
     for name, cache in (("key_cache", key), ("value_cache", value)):
         if not isinstance(cache, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {checks._kind(cache)}")
@@ -141,9 +154,14 @@ def _check_caches(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor
             shape = "(blocks, block_size, heads, head_dim)" if paged else "(batch, heads, length, head_dim)"
             raise ValueError(f"{name} must be a dense 4-D Tensor, {shape}, got {checks._shape(cache)}")
         if cache.dtype != query.dtype or cache.device != query.device:
+            why = (
+                f" ({query.dtype} is what torch.autocast casts the query to: keep the cache in it)"
+                if cast
+                else ""
+            )
             raise ValueError(
                 f"{name} must be of query's dtype and device, {query.dtype} on {query.device}, got {cache.dtype} on "
-                f"{cache.device}"
+                f"{cache.device}{why}"
             )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bias_cases import make
 from decode_cases import CASES, EVERY, call
+from torch.autograd import forward_ad
 
 import posattn
 from posattn import DAPE, KERPLE, attention, attention_reference, attention_with_kvcache, decode
@@ -129,3 +130,43 @@ def test_a_gradient_is_refused():
         with pytest.raises(RuntimeError, match=r"no gradient.*posattn\.attention\(\)"):
             attention_with_kvcache(*arguments)
     attention_with_kvcache(query, key, value, make("alibi", 2))
+
+
+def test_what_a_bias_makes_wants_a_gradient():
+    """A bias of somebody else's may have tensors that are no parameters."""
+
+    class Own(posattn.Bias):
+        def __init__(self):
+            super().__init__(2)
+            self.weight = torch.ones(2, requires_grad=True)
+
+        def values(self, offsets):
+            return self.weight[:, None] * offsets.abs()
+
+    class OwnSlopes(Own):
+        def slopes(self):
+            return 1.0 * self.weight
+
+    query, key, value = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    for bias in (Own(), DAPE(2, Own(), 5).requires_grad_(False)):
+        assert attention(query, key, value, bias).requires_grad
+        with pytest.raises(RuntimeError, match="no gradient"):
+            attention_with_kvcache(query, key, value, bias)
+        with torch.no_grad():
+            attention_with_kvcache(query, key, value, bias)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        attention_with_kvcache(query, key, value, OwnSlopes())
+    frozen = make("tisa", 2).requires_grad_(False)
+    assert decode.serves(query, key, value, frozen, "blockwise")
+
+
+def test_forward_mode_is_not_served():
+    """Tangents would be lost: the usual path says that it has no rule for them, and so does this one."""
+    query, key, value = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    for function in (attention, attention_with_kvcache):
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(lambda q, f=function: f(q, key, value), (query,), (query,))
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError):
+            function(forward_ad.make_dual(query, query), key, value)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no rules for forward-mode"):
+        torch.vmap(lambda q: attention_with_kvcache(q, key, value))(query[None])

@@ -114,6 +114,15 @@ def optimizer_step(encoder):
     encoder.requires_grad_(False)
 
 
+def fused_step(encoder):
+    """Parameters do not count it."""
+    encoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, fused=True)
+    encoder(20).square().sum().backward()
+    optimizer.step()
+    encoder.requires_grad_(False)
+
+
 def in_place(encoder):
     with torch.no_grad():
         encoder.dynamics.inner.matrix.mul_(1.5)
@@ -157,7 +166,7 @@ def another_dynamics(encoder):
 
 
 CHANGES = [
-    optimizer_step, in_place, initial_in_place, load, load_and_assign, data, data_twice, another_parameter,
+    optimizer_step, fused_step, in_place, initial_in_place, load, load_and_assign, data, data_twice, another_parameter,
     another_parameter_twice, another_dynamics,
 ]  # fmt: skip
 

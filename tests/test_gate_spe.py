@@ -209,16 +209,6 @@ def test_rehearsal_of_the_fastest(tmp_path, capsys):
 
 @interpreted
 @pytest.mark.triton
-@pytest.mark.slow
-def test_rehearsal_passes(tmp_path, capsys):
-    path = tmp_path / "gate.json"
-    assert gate.main(["--interpret", "--part", "spe", "--json", str(path)]) == 0, capsys.readouterr().out
-    rows = json.loads(path.read_text("utf-8"))["spe"]["rows"]
-    assert len(rows) == len(list(gate_spe.rehearsal()))
-
-
-@interpreted
-@pytest.mark.triton
 def test_a_kernel_s_wrong_noise_fails(monkeypatch):
     case = Case(FP32, 3, 1, "seed", "elu", "noise alone", 4, 2)
     assert check(case)["failed"] == []

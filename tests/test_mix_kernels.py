@@ -67,7 +67,7 @@ def eager(query, key, value, module, is_causal, **_):
     return weight.to(dtype) @ value
 
 
-@pytest.mark.parametrize(("kernel_size", "length", "seeds"), [(1, 48, 4), (3, 32, 3)])
+@pytest.mark.parametrize(("kernel_size", "length", "seeds"), [(1, 48, 4), (3, 32, 2)])
 def test_16_bits_at_most_twice_the_error_of_eager(kernel_size, length, seeds):
     """fp16: the interpreter has no products of bf16. Root mean squares over seeds, for KERPLE's parameters are few."""
     case = Case(heads=4, queries=length, keys=length, dim=16, value_dim=16, hidden=32, kernel_size=kernel_size)

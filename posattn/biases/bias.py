@@ -142,6 +142,14 @@ class Bias(nn.Module):
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
 
+    def train(self, mode: bool = True) -> Bias:
+        """As of every module; a switch of mode also ends what `posattn.attention` keeps of the bias in evaluation."""
+        if mode != self.training:
+            from ..kept_table import forget  # which needs this module first
+
+            forget(self)
+        return super().train(mode)
+
     def register_constants(self, **constants: Tensor) -> None:
         """Keep CPU tensors that belong to the formula as buffers, outside checkpoints.
 

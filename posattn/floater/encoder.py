@@ -55,11 +55,12 @@ class FLOATER(nn.Module):
 
     While gradients are wanted (grad mode on, some parameter requires one) each call solves. Otherwise vectors are kept:
     solved once, extended when more are asked for, made again after any change of parameters, dtype or device, after
-    `load_state_dict`, a switch of `train` and `eval`, and `clear`. Changes in place through ``parameter.data``, and of
-    what dynamics keep outside of parameters and buffers, cannot be seen: call `clear` then. What is returned is a view
-    of what is kept; do not write into it. Solved in fp32 at least, whatever the parameters' dtype, which is that of the
-    result. Threads may share an encoder. Raises TypeError and ValueError for arguments out of these ranges, and
-    RuntimeError that names stream, layer and position for a trajectory that diverges or needs more than max_steps.
+    `load_state_dict`, a step of any optimizer, a switch of `train` and `eval`, and `clear`. Changes in place through
+    ``parameter.data``, and of what dynamics keep outside of parameters and buffers, cannot be seen: call `clear` then.
+    What is returned is a view of what is kept; do not write into it. Solved in fp32 at least, whatever the parameters'
+    dtype, which is that of the result. Threads may share an encoder. Raises TypeError and ValueError for arguments out
+    of these ranges, and RuntimeError that names stream, layer and position for a trajectory that diverges or needs more
+    than max_steps.
 
         >>> encoder = FLOATER(dim=8, num_layers=2)
         >>> encoder(length=5).shape  # streams, layers, length, dim

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..changes import Step, last_step
 from .path import Path
 from .reading import locate, read
 
@@ -41,6 +42,7 @@ class _Kept(NamedTuple):
     rows: Tensor  # (streams, layers, capacity, dim)
     filled: int
     version: Any  # of `rows` after the last write of our own
+    step: Step  # of optimizers, the last before it was solved: a fused one writes into parameters that do not count it
 
 
 class Table:
@@ -78,12 +80,12 @@ class Table:
     def _extended(
         self, length: int, key: Key, path: Callable[[], Path], reach: Reach, dtype: torch.dtype
     ) -> _Kept:
-        kept = self._kept
+        kept, step = self._kept, last_step()
         if kept is None or not _holds(kept, key):
             begun = path()
             streams, layers, dim = begun.initial.shape
             rows = begun.initial.new_empty((streams, layers, 0, dim), dtype=dtype)
-            kept = _Kept(key, begun, rows, 0, version_of(rows))
+            kept = _Kept(key, begun, rows, 0, version_of(rows), step)
         if kept.filled < length:
             rows, filled, delta_t = kept.rows, kept.filled, kept.path.plan.delta_t
             reach(kept.path, (length - 1) * delta_t)
@@ -94,14 +96,15 @@ class Table:
             # .data: views handed out are of other positions, and are not to count as changed in place
             new = rows.data[:, :, filled:length]
             _fill(kept.path, torch.arange(filled, length, dtype=torch.float64) * delta_t, new)
-            kept = _Kept(key, kept.path, rows, length, version_of(rows))
+            kept = _Kept(key, kept.path, rows, length, version_of(rows), kept.step)
         self._kept = kept
         return kept
 
 
 def _holds(kept: _Kept, key: Key) -> bool:
-    """Nothing has changed, and nobody has written into the table."""
-    return kept.key.facts == key.facts and version_of(kept.rows) == kept.version
+    """Nothing has changed, no optimizer has made a step, and nobody has written into the table."""
+    same = kept.key.facts == key.facts and kept.step is last_step()
+    return same and version_of(kept.rows) == kept.version
 
 
 def _fill(path: Path, times: Tensor, out: Tensor) -> None:

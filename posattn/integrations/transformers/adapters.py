@@ -79,6 +79,11 @@ def adapted() -> tuple[type[nn.Module], ...]:
     return tuple(found)
 
 
+def buckets() -> tuple[type[nn.Module], ...]:
+    """T5's attention layers."""
+    return tuple(_class(*pair) for pair in BUCKETS)
+
+
 def _class(kind: str, name: str) -> Any:
     return getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), name)
 

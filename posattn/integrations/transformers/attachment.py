@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 from ...biases.bias import Bias
 from ...biases.dape import DAPE
 from . import adapters
+from .family import around, own_config, part_of
 from .interface import NAME
-from .layers import find_layers
+from .layers import attention_dropout, calls_attention, find_layers
 from .positions import CHOICES, change, changed, restore
 from .specification import specify
 
@@ -45,16 +47,24 @@ def attach(
             it. A class of your own is told to `register_bias` first.
         positions: what becomes of the model's own: "keep" them; "drop" learned absolute embeddings, RoPE, T5's buckets
             and ALiBi, which then count as zero and get no gradient; or set learned ones to "zero", to be trained on.
+            Without learned positions GPT-2 takes sequences of any length; models that cut or look up positions
+            elsewhere, too (BERT, RoBERTa, OPT), still stop at their max_position_embeddings.
         layers: the numbers of the layers that get one; all by default.
 
-    Cross-attention gets none. With padding on the left, positions that biases see are those of tokens in the padded
-    sequence: that is the same for every bias but `posattn.FIRE`, which depends on the query's absolute position.
+    Cross-attention gets none. Biases see where tokens stand in the sequence, and no position_ids: with padding on the
+    left, positions are those in the padded sequence. That is the same for every bias but `posattn.FIRE`, which depends
+    on the query's absolute position.
+
+    The model gets a copy of its config: other models that were made from the same one do not change. A part of a
+    larger model may be attached if its config is that of the larger model, or inside it, so that it is saved with it.
 
     Returns model, changed in place. TypeError and ValueError for arguments that are none of these, if no layer gets a
-    bias and positions are kept, and if the model is attached already.
+    bias and positions are kept, if the model is attached already, for layers that compute no attention of ours, and
+    for biases that have parts in common. A DAPE warns of attention dropout, with which it cannot be trained.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
+        advice = ": pass model.get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}{advice}")
     if positions not in CHOICES:
         raise ValueError(f"positions must be one of {', '.join(CHOICES)}, got {positions!r}")
     if getattr(model.config, FIELD, None) is not None or biases_of(model) or changed(model):
@@ -80,6 +90,11 @@ def attach(
             raise ValueError(
                 f"factory must return {layer.heads} heads for layer {number}, got {bias.num_heads}"
             )
+        if not calls_attention(layer.module):
+            raise ValueError(
+                f"layer {number}, {layer.path}, a {type(layer.module).__name__}, does not call transformers' attention "
+                "interface: a bias would have no effect; pass layers=, or return None for it"
+            )
         if hasattr(layer.module, "position_bias"):
             raise ValueError(
                 f"{layer.path} has an attribute position_bias already, which attach would replace"
@@ -93,8 +108,23 @@ def attach(
     distinct = list({id(bias): bias for bias in made.values()}.values())
     numbers = {id(bias): number for number, bias in enumerate(distinct)}
     specified = [specify(bias) for bias in distinct]
+    check_nothing_in_common(distinct)
+    containers = around(model)
+    part = part_of(model, containers)
+    for layer in found:
+        if isinstance(made.get(layer.path), DAPE) and (
+            field := attention_dropout(layer.module, model.config)
+        ):
+            warnings.warn(
+                f"config.{field} is not 0, and a DAPE cannot be trained with dropout of attention: set it to 0.0",
+                stacklevel=2,
+            )
+            break
     change(model, positions)
+    own_config(model, containers)
     place(model, made)
+    for container in containers:
+        remember(container)
     setattr(
         model.config,
         FIELD,
@@ -102,6 +132,7 @@ def attach(
             "positions": positions,
             "biases": specified,
             "layers": {inside(model, path): numbers[id(bias)] for path, bias in made.items()},
+            **({} if part is None else {"part": part}),
         },
     )
     return model
@@ -115,8 +146,10 @@ def detach(model: Model) -> Model:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
-    if getattr(model.config, FIELD, None) is None:
+    if getattr(model.config, FIELD, None) is None or not (biases_of(model) or changed(model)):
         raise ValueError("nothing is attached to model")
+    for container in around(model):
+        forget(container)
     configs: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
         if isinstance(module._modules.get("position_bias"), (Bias, DAPE)):
@@ -133,6 +166,19 @@ def detach(model: Model) -> Model:
             delattr(config, FIELD)
     restore(model)
     return model
+
+
+def check_nothing_in_common(biases: list[Bias | DAPE]) -> None:
+    """ValueError for biases that are not the same and share a part, which would be two parts once loaded."""
+    seen: set[int] = set()
+    for bias in biases:
+        parts = {id(part) for part in (*bias.modules(), *bias.parameters())}
+        if seen & parts:
+            raise ValueError(
+                f"factory returned different biases, a {type(bias).__name__} among them, that have a part in common, "
+                "such as the base of two DAPEs: return the same object to share all of it, or make the part anew"
+            )
+        seen |= parts
 
 
 def biases_of(model: nn.Module) -> dict[str, Bias | DAPE]:

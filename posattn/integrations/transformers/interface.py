@@ -11,7 +11,8 @@ from ...attention import attention
 from ...biases.bias import Bias
 from ...biases.dape import DAPE
 from ...varlen import attention_varlen
-from .masks import as_key_mask, key_mask
+from .held import bias_of, with_bias_here
+from .masks import DOCUMENT_TYPES, all_count, as_key_mask, key_mask, mark
 
 NAME = "posattn"
 # What a caller may hand over that changes the result and is not served, by its meaning.
@@ -36,6 +37,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, key_mask)
 
 
+@with_bias_here
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -59,10 +61,12 @@ def attention_forward(
 
     query (B, Hq, Lq, D), key and value (B, Hk, Lk, D) -> (out (B, Lq, Hq, Dv), None). The last query stands on the last
     key, or the last that attention_mask knows. attention_mask: None, (B, n) or, of models that make their own, 4-D
-    masks that hide padding and the future. Without is_causal, module.is_causal says whether attention is causal.
+    masks that hide padding and the future. Self-attention is causal if its mask was made causal, whatever the module
+    says; otherwise by is_causal, or by module.is_causal without it.
     sliding_window W: the query and W - 1 keys to its left, and as many to its right if attention is not causal.
     position_bias: the table (1, H, 1, Lq + Lk - 1) that `adapters` makes T5 hand down, or zeros (1, H, 1, 1). Packed
-    batches come as cu_seq_lens_q and so on, B = 1, or as position_ids that start anew (see `key_mask`).
+    batches come as cu_seq_lens_q and so on, B = 1, or as position_ids that start anew, which transformers looks at only
+    with use_cache=False or in training (see `key_mask`). position_ids have no other effect on biases.
 
     ValueError for whatever is not served; nothing is left out silently.
     """
@@ -72,13 +76,13 @@ def attention_forward(
                 f'attn_implementation="{NAME}" cannot serve {name}, which {meaning}; use attn_implementation="eager"'
             )
     causal = _causal(module, is_causal, attention_mask)
-    own: Bias | DAPE | None = getattr(module, "position_bias", None)
+    own = bias_of(module)
     packed = cu_seq_lens_q is not None
     padding = documents = None
     if not packed:
         key, value, padding, documents = _masked(attention_mask, query, key, value, causal)
-    window = _window(module, sliding_window, causal, key.shape[2])
-    if isinstance(own, (Bias, DAPE)):
+    window = _window(module, sliding_window, causal, key.shape[2], mark(attention_mask).windowed)
+    if own is not None:
         check_positions(own, query.shape[2], key.shape[2], sliding_window)
     bias = combined(own, position_bias, query, key)
     options: dict[str, Any] = {
@@ -120,6 +124,8 @@ def attention_forward(
 def _causal(module: nn.Module, given: bool | None, mask: Any) -> bool:
     """Some models hand over False whenever there is a mask, as those of other implementations hide the future."""
     own = getattr(module, "is_causal", None)
+    if mark(mask).causal and getattr(module, "is_cross_attention", False) is not True:
+        return True
     if given is None and own is None:
         raise ValueError(f"{type(module).__name__} does not say whether it is causal: it has no is_causal")
     if given is None or (given is False and own and mask is not None):
@@ -150,17 +156,22 @@ def _masked(
             f"attention_mask must be (batch, key_length) = {(key.shape[0], length)}, bool or of integers, got shape "
             f"{tuple(mask.shape)}, {mask.dtype}"
         )
-    if mask.dtype == torch.int32 and mask.shape[1] == length == query.shape[2]:
-        return key, value, None, mask
+    if mask.dtype in DOCUMENT_TYPES and mask.shape[1] == length == query.shape[2]:
+        return key, value, None, mask.to(torch.int32)
     if mask.shape[1] < length:  # a static cache
         key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
-    return key, value, mask.bool(), None
+    return key, value, None if all_count(mask) else mask.bool(), None
 
 
 def _window(
-    module: nn.Module, width: int | None, causal: bool, key_length: int
+    module: nn.Module, width: int | None, causal: bool, key_length: int, needed: bool
 ) -> tuple[int | None, int | None] | None:
     if width is None or width <= 0:
+        if needed:
+            raise ValueError(
+                f"the model's mask has a sliding window, which {type(module).__name__} does not hand to attention: "
+                'use attn_implementation="eager"'
+            )
         config = getattr(module, "config", None)
         kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
         if kinds and isinstance(layer, int) and layer < len(kinds) and kinds[layer] == "sliding_attention":

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import nn
+
+from . import adapters
 
 # A child of an attention layer by one of these names projects its queries.
 PROJECTIONS = {"q_proj", "q_lin", "q", "query", "q_a_proj", "q_b_proj"}
 PROJECTIONS |= {"c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv"}
 # Parts of names, in lower case, by which cross-attention goes.
 CROSS = ("cross", "encoder_attn", "encdec")
+# Words in the source of layers that call transformers' attention interface.
+INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "attention_interface", "AttentionInterface")
+# Fields of configs for the dropout of attention's probabilities.
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_config.attn_pdrop")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
@@ -49,3 +56,27 @@ def _heads(path: str, module: nn.Module, model: nn.Module) -> int:
             if isinstance(heads, int):
                 return heads
     raise ValueError(f"{path}, a {type(module).__name__}, does not say how many heads it has")
+
+
+def calls_attention(module: nn.Module) -> bool:
+    """Whether a layer runs on posattn, as far as its source tells: some are linear attention, or another kind."""
+    if isinstance(module, adapters.adapted()):
+        return True
+    try:
+        sources = [inspect.getsource(kind) for kind in type(module).__mro__ if kind not in nn.Module.__mro__]
+    except (OSError, TypeError):
+        return True
+    return any(word in source for source in sources for word in INTERFACE)
+
+
+def attention_dropout(module: nn.Module, config: Any) -> str | None:
+    """The field of the config that says that attention has dropout, if it does."""
+    place = getattr(module, "config", None) or config
+    fields = ("dropout_rate",) if isinstance(module, adapters.buckets()) else DROPOUTS
+    for field in fields:
+        value = place
+        for name in field.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, (int, float)) and value > 0:
+            return field
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ def change(model: nn.Module, positions: str, fresh: bool = True) -> None:
     if positions == "zero" and weightless:
         kinds = ", ".join(sorted({type(module).__name__ for module in weightless}))
         raise ValueError(f'positions="zero" needs weights, which {kinds} has not; use positions="drop"')
+    for module in weightless:
+        taken = set(inspect.signature(type(module).forward).parameters)
+        if "RotaryEmbedding" in type(module).__name__ and taken & {"q", "k", "query", "key"}:
+            raise ValueError(
+                f"positions={positions!r} knows rotations as (cos, sin); {type(module).__name__} of "
+                f"{type(model).__name__} rotates queries and keys itself"
+            )
     for module in learned:
         weight = _weight(module)
         kept = weight.detach().clone() if positions == "zero" and fresh and not weight.is_meta else None

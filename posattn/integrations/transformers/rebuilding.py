@@ -38,6 +38,10 @@ def install() -> None:
     post_init_of_ours._posattn_original = post_init  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init_of_ours
     PreTrainedModel._initialize_weights = initialize_of_ours
+    if adapters.VERSION < 5:
+        from . import version4
+
+        version4.install_loading(rebuild)
 
 
 def rebuild(model: PreTrainedModel) -> None:
@@ -50,10 +54,17 @@ def rebuild(model: PreTrainedModel) -> None:
     if field is None:
         return
     modules = dict(model.named_modules())
+    start = ""
+    if "part" in field:  # of several, that may have layers of the same names
+        found = [path for path, module in modules.items() if type(module).__name__ == field["part"]]
+        if not found:
+            return
+        start = f"{found[0]}." if found[0] else ""
     made: dict[str, Bias | DAPE] = {}
     biases: dict[int, Any] = {}
     for path, number in field["layers"].items():
-        path = next((p for p in (path, f"{model.base_model_prefix}.{path}") if p in modules), None)
+        places = (f"{start}{path}", f"{model.base_model_prefix}.{path}")[: 1 if "part" in field else 2]
+        path = next((place for place in places if place in modules), None)
         if path is None:
             continue
         there = modules[path]._modules.get("position_bias")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from . import adapters
+from .attachment import BEFORE, FIELD
 from .interface import NAME, attention_forward
 
 LAYERS = (
@@ -34,6 +39,49 @@ def install() -> None:
         ("t5", "T5PreTrainedModel"),
         ("mt5", "MT5PreTrainedModel"),
     ]
+
+
+def install_loading(rebuild: Callable[[PreTrainedModel], None]) -> None:
+    """Models that never call post_init get their biases when they are loaded, or made from a config; and T5's stacks,
+    whose configs are copies, the implementation of their model."""
+    load: Any = PreTrainedModel._load_pretrained_model
+    make: Any = PreTrainedModel._from_config
+    choose: Any = PreTrainedModel.set_attn_implementation
+
+    stacked = adapters._class("t5", "T5PreTrainedModel"), adapters._class("mt5", "MT5PreTrainedModel")
+
+    def missing(model: Any) -> bool:
+        field = getattr(model.config, FIELD, None)
+        return field is not None and BEFORE not in model.__dict__
+
+    @functools.wraps(load.__func__)
+    def load_of_ours(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if missing(model):
+            with torch.device("meta"):
+                rebuild(model)
+        if "keep_in_fp32_regex" in kwargs and any("position_bias" in m._modules for m in model.modules()):
+            known, ours = kwargs["keep_in_fp32_regex"], r"((^|\.)position_bias($|\.))"
+            kwargs["keep_in_fp32_regex"] = re.compile(f"{known.pattern}|{ours}" if known else ours)
+        return load.__func__(cls, model, *args, **kwargs)
+
+    @functools.wraps(make.__func__)
+    def make_of_ours(cls: Any, config: Any, **kwargs: Any) -> Any:
+        model = make.__func__(cls, config, **kwargs)
+        if missing(model):
+            rebuild(model)
+        return model
+
+    @functools.wraps(choose)
+    def choose_of_ours(self: Any, attn_implementation: Any) -> None:
+        choose(self, attn_implementation)
+        if isinstance(self, stacked):
+            for part in self.modules():
+                if isinstance(part, PreTrainedModel):
+                    part.config._attn_implementation_internal = self.config._attn_implementation_internal
+
+    PreTrainedModel._load_pretrained_model = classmethod(load_of_ours)
+    PreTrainedModel._from_config = classmethod(make_of_ours)  # type: ignore[arg-type]
+    PreTrainedModel.set_attn_implementation = choose_of_ours
 
 
 def _check_absolute(module: Any) -> None:

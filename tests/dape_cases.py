@@ -203,8 +203,6 @@ INTERPRETED = [
     "window both ways",
     "blind rows",
     "grouped",
-    "V2, 5 taps, none",
-    "published, 3 taps, kerple",
     "V2, fewer keys than taps",
     "published, 1 tap",
 ]

@@ -22,19 +22,19 @@ def test_without_a_gpu_nothing_runs(capsys):
 
 @pytest.mark.slow
 def test_rehearsal_passes(tmp_path, capsys):
-    path = tmp_path / "gate.json"
-    assert gate.main(["--interpret", "--json", str(path)]) == 0, capsys.readouterr().out
+    path, some = tmp_path / "gate.json", slice(None, None, 3)  # of the parts that take it; all take minutes
+    assert gate.main(["--interpret", "--cases", "::3", "--json", str(path)]) == 0, capsys.readouterr().out
     report = json.loads(path.read_text("utf-8"))
     rows = report["numerics"]["rows"]
     assert len(rows) == len(list(gate_numerics.rehearsal()))
     assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
     rows = report["mixing"]["rows"]
-    assert len(rows) == len(list(gate_mixing.rehearsal()))
+    assert len(rows) == len(list(gate_mixing.rehearsal())[some])
     assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
     assert all(row["relative"] for row in rows)
-    assert len(report["spe"]["rows"]) == len(list(gate_spe.rehearsal()))
+    assert len(report["spe"]["rows"]) == len(list(gate_spe.rehearsal())[some])
     rows = report["features"]["rows"]
-    assert len(rows) == len(list(gate_features.rehearsal()))
+    assert len(rows) == len(list(gate_features.rehearsal())[some])
     assert all(set(row["errors"]) >= {"out", "lse", "dq", "dk", "dv"} for row in rows)
     assert not report["failures"]
 

@@ -31,8 +31,10 @@ def serves(
     *more: Tensor | None,
 ) -> bool:
     """Few queries, and nobody asks for a gradient. Not in a compiled graph, which would hold for few queries only."""
+    if torch.compiler.is_compiling():  # first of all: to look at a length is to compile for it
+        return False
     few = 0 < query.shape[2] <= MAX_QUERIES and key.shape[2] >= LEAST_KEYS[backend] and query.shape[0] > 0
-    if not few or torch.compiler.is_compiling() or transformed():
+    if not few or transformed():
         return False
     if isinstance(bias, torch.nn.Module) and facts_of(bias) is None:
         if torch.is_grad_enabled():

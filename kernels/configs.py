@@ -2,8 +2,9 @@
 
 A row is BLOCK_M, BLOCK_N, warps, stages, and for fp32 how products are made. Head dims are those of the padded tile; 64
 also serves 16 and 32. Every row compiles for its GPU without spilling more than 64 bytes, inside its shared memory
-(python -m bench kernels prints them all); but FIRE's sums at head dim 256 spill 152 on sm_100. No row is measured yet: they were chosen by instructions per score and
-occupancy, ahead of time. fp32 beyond 128 has no row: its backward does not fit in registers.
+(python -m bench kernels prints them all); but FIRE's sums at head dim 256 spill 152 on sm_100. No row is measured yet:
+they were chosen by instructions per score and occupancy, ahead of time. fp32 beyond 128 has no row: its backward does
+not fit in registers.
 """
 
 from __future__ import annotations

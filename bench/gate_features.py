@@ -81,7 +81,6 @@ class Problem:
         told = dict(FEATURES[case.feature])
         small = SMALL if rehearse else 1
         self.packed = told.pop("packed", None)
-        self.options: dict[str, Any] = {}
         self.batch, self.mask, self.ids = 1, None, None
         if self.packed:
             queries, keys = self.packed
@@ -123,7 +122,7 @@ class Problem:
         self.bias = {"ALiBi": posattn.ALiBi(HEADS).to(device), "none": None, "raw table": self.inputs.get("dtable")}[
             case.bias
         ]
-        self.options = {**told, "enable_gqa": key_heads != HEADS, "sinks": self.inputs.get("dsinks")}
+        self.options: dict[str, Any] = {**told, "enable_gqa": key_heads != HEADS, "sinks": self.inputs.get("dsinks")}
         self.grads = normal(HEADS, total, case.head_dim), normal(HEADS, total, dtype=torch.float32)
 
 

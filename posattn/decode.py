@@ -10,6 +10,7 @@ from . import checks
 from .biases.bias import Bias
 from .biases.dape import DAPE
 from .decode_ops import decode_forward, decode_mix_forward
+from .dispatch import in_precision
 from .kept_table import AHEAD, LEAST, facts_of, forget, kept_table
 from .strips import INVISIBLE
 
@@ -141,8 +142,7 @@ def decode(
     if relative is not None:
         relative = relative.detach()
         relative = relative if relative.stride(3) == 1 else relative.contiguous()
-        if (relative.dtype == torch.float64) != (dtype == torch.float64):
-            relative = relative.to(dtype)
+        relative = in_precision(relative, dtype)
     made = decode_forward(
         query,
         key,

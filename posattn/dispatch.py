@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,39 +45,15 @@ def attend(
             out, lse = _mix_sequences(query, key, value, bias, key_mask, rule, backend, sequences)
         return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
-    table = support = slopes = scaled = None
-    symmetric = tails_need_grad = True
-    if isinstance(bias, Tensor):
-        table = bias
-    elif bias is not None and query.shape[2] > 0 and key.shape[2] > 0:
-        symmetric, tails_need_grad = bias.symmetric, bias.tails_need_grad
-        if sequences is None:
-            lengths, starts = (query.shape[2], key.shape[2]), (rule.query_start, rule.key_start)
-        else:
-            lengths = (max(1, sequences.max_q), max(1, sequences.max_k))
-            starts = lengths[1] - lengths[0], 0
-        width = lengths[0] + lengths[1] - 1
-        scaled = bias.scaled(*lengths, *starts)
-        slopes = bias.slopes() if scaled is None else None
-        if scaled is not None:
-            if sequences is not None:  # of every position that a query of some sequence can have
-                every = bias.scaled(sum(lengths), 1, -lengths[0], 0)
-                assert every is not None
-                scaled = scaled._replace(rows=every.rows)
-            rows = query.shape[2] if sequences is None else sum(lengths)
-            checks.check_scaled(bias, scaled, query, width, rows)
-        elif slopes is None:
-            table = bias.table(*lengths, *starts)
-            checks.check_made(bias, "a table", table, (query.shape[1], width), query)
-            support = bias.support()
-        else:
-            checks.check_made(bias, "slopes", slopes, (query.shape[1],), query)
-    # Not query's dtype: in half precision a bias would be off by 2^-9 of itself, which scores would show.
-    if table is not None:
-        table = table.to(dtype).contiguous()
-    parts = (None,) * 4 if scaled is None else tuple(part.to(dtype).contiguous() for part in scaled)
-    if relative is not None and (relative.dtype == torch.float64) != (dtype == torch.float64):
-        relative = relative.to(dtype)
+    if sequences is None:
+        lengths, starts = (query.shape[2], key.shape[2]), (rule.query_start, rule.key_start)
+    else:
+        lengths = (max(1, sequences.max_q), max(1, sequences.max_k))
+        starts = lengths[1] - lengths[0], 0
+    if not isinstance(bias, Tensor) and 0 in (query.shape[2], key.shape[2]):
+        bias = None  # a bias makes no table of no offsets
+    made = made_of(bias, query, lengths, starts, packed=sequences is not None)
+    relative = None if relative is None else in_precision(relative, dtype)
     cu_q, cu_k, max_q, max_k = (None, None, 0, 0) if sequences is None else sequences
     dropout = draw(dropout_p, rule.query_start, rule.key_start, query.device)
 
@@ -84,10 +61,7 @@ def attend(
         query,
         key,
         value,
-        table,
-        support,
-        slopes,
-        *parts,
+        *made.tensors,
         relative,
         sinks,
         key_mask,
@@ -102,11 +76,64 @@ def attend(
         rule.key_start - rule.query_start,
         rule.left,
         rule.right,
-        symmetric,
-        tails_need_grad,
+        made.symmetric,
+        made.tails_need_grad,
         backend,
     )
     return out, lse
+
+
+class Made(NamedTuple):
+    """What a bias becomes: table, support, slopes, line, rows, knots and pieces of `ops.attend_forward`; two facts."""
+
+    tensors: tuple[Tensor | None, ...]
+    symmetric: bool = True
+    tails_need_grad: bool = True
+
+
+def made_of(
+    bias: Bias | Tensor | None,
+    query: Tensor,
+    lengths: tuple[int, int],
+    starts: tuple[int, int],
+    packed: bool = False,
+) -> Made:
+    """The parts of a bias for query and key positions from `starts` on, checked, in the precision of scores.
+
+    packed: `lengths` are those of the longest of several sequences, and rows are of every position in one of them.
+    """
+    table = support = slopes = scaled = None
+    symmetric = tails_need_grad = True
+    if isinstance(bias, Tensor):
+        table = bias
+    elif bias is not None:
+        symmetric, tails_need_grad = bias.symmetric, bias.tails_need_grad
+        width = lengths[0] + lengths[1] - 1
+        scaled = bias.scaled(*lengths, *starts)
+        slopes = bias.slopes() if scaled is None else None
+        if scaled is not None:
+            if packed:
+                every = bias.scaled(sum(lengths), 1, -lengths[0], 0)
+                assert every is not None
+                scaled = scaled._replace(rows=every.rows)
+            checks.check_scaled(bias, scaled, query, width, sum(lengths) if packed else lengths[0])
+        elif slopes is None:
+            table = bias.table(*lengths, *starts)
+            checks.check_made(bias, "a table", table, (query.shape[1], width), query)
+            support = bias.support()
+        else:
+            checks.check_made(bias, "slopes", slopes, (query.shape[1],), query)
+    # Not query's dtype: in half precision a bias would be off by 2^-9 of itself, which scores would show.
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if table is not None:
+        table = table.to(dtype).contiguous()
+    parts = (None,) * 4 if scaled is None else tuple(part.to(dtype).contiguous() for part in scaled)
+    return Made((table, support, slopes, *parts), symmetric, tails_need_grad)
+
+
+def in_precision(relative: Tensor, dtype: torch.dtype) -> Tensor:
+    """Relative logits as operators take them: float64 beside float64 and nowhere else."""
+    return relative if (relative.dtype == torch.float64) == (dtype == torch.float64) else relative.to(dtype)
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

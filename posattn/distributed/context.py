@@ -10,12 +10,14 @@ from torch import Tensor
 from .. import checks, option_checks
 from ..biases.bias import Bias
 from ..biases.dape import DAPE
-from ..dispatch import autocast, with_sinks
+from ..dispatch import autocast, in_precision, made_of, with_sinks
 from ..dropout import draw
 from .layout import Group, check_order, process_group, whole_length
 from .pair_scores import Numbers
 from .ring import Ring, SumGradients
 from .ring_attention import Call, RingAttention
+
+PARTS = ("table", "support", "slopes", "line", "rows", "knots", "pieces")  # of `Made.tensors`, as operators call them
 
 
 def context_parallel_attention(
@@ -143,10 +145,7 @@ def context_parallel_attention(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     whole = _whole_bias(bias, query, length, dtype)
     if relative_logits is not None:
-        double = relative_logits.dtype == torch.float64
-        whole.tensors["relative"] = (
-            relative_logits if double == (dtype == torch.float64) else relative_logits.to(dtype)
-        )
+        whole.tensors["relative"] = in_precision(relative_logits, dtype)
     sinks = None if sinks is None else sinks.to(dtype)
     if bias_gradient == "sum":
         sinks = _summed(whole, sinks, processes)
@@ -194,36 +193,17 @@ class _Whole:
 
 def _whole_bias(bias: Bias | DAPE | Tensor | None, query: Tensor, length: int, dtype: torch.dtype) -> _Whole:
     whole = _Whole()
-    heads, width = query.shape[1], max(2 * length - 1, 0)
-
-    def take(**parts: Tensor | None) -> None:
-        for name, part in parts.items():
-            if part is not None:
-                floating = part.is_floating_point()
-                whole.tensors[name] = part.to(dtype).contiguous() if floating else part
-
-    if isinstance(bias, Tensor):
-        take(table=bias)
-    elif isinstance(bias, DAPE):
+    if isinstance(bias, DAPE):
         network = bias.network(length, length, 0, 0, double=dtype == torch.float64)._asdict()
         whole.negative_slope = network.pop("negative_slope")
-        take(**network)
+        whole.tensors.update((name, part) for name, part in network.items() if part is not None)
         if bias.base is not None and "table" in whole.tensors:
-            checks.check_made(bias.base, "a table", whole.tensors["table"], (heads, width), query)
-    elif bias is not None and length > 0:
-        whole.symmetric, whole.tails_need_grad = bias.symmetric, bias.tails_need_grad
-        scaled = bias.scaled(length, length, 0, 0)
-        slopes = bias.slopes() if scaled is None else None
-        if scaled is not None:
-            checks.check_scaled(bias, scaled, query, width, length)
-            take(**scaled._asdict())
-        elif slopes is not None:
-            checks.check_made(bias, "slopes", slopes, (heads,), query)
-            whole.tensors["slopes"] = slopes
-        else:
-            table = bias.table(length, length, 0, 0)
-            checks.check_made(bias, "a table", table, (heads, width), query)
-            take(table=table, support=bias.support())
+            shape = query.shape[1], max(2 * length - 1, 0)
+            checks.check_made(bias.base, "a table", whole.tensors["table"], shape, query)
+    elif isinstance(bias, Tensor) or length > 0:
+        made = made_of(bias, query, (length, length), (0, 0))
+        whole.symmetric, whole.tails_need_grad = made.symmetric, made.tails_need_grad
+        whole.tensors.update((name, part) for name, part in zip(PARTS, made.tensors) if part is not None)
     return whole
 
 

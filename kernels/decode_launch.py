@@ -19,7 +19,7 @@ from . import decode_configs as table_of
 from .configs import arch, dot_precision
 from .decode import decode_combine, decode_split
 from .decode_mix import decode_mix, decode_scores
-from .launch import OPEN, on, padded
+from .problem import OPEN, on, padded
 
 NONE, TABLE, SLOPES, DISTANCES, STRIP, RELATIVE = range(6)  # decode.py
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import configs, linear_configs
 from .chunk_read import read_by_feature, read_by_value
 from .chunk_states import chunk_states, row_products, scan_chunks
-from .launch import on, padded, rows_contiguous, strides
+from .problem import on, padded, rows_contiguous, strides
 
 
 class Chunks:

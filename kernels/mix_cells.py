@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .launch import Problem
+from .problem import Problem
 
 # Bytes. Beside it there are only sums by row, by offset and by weight, so that a call keeps below 64 MB.
 SCRATCH = 48 << 20

@@ -15,7 +15,7 @@ import torch
 
 from . import configs
 from .configs import Config
-from .launch import padded
+from .problem import padded
 
 
 class MixConfig(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import mix
 from .configs import dot_precision
-from .launch import Problem, on, padded, rows_contiguous, strides
+from .problem import Problem, on, padded, rows_contiguous, strides
 from .mix import mix_forward
 from .mix_backward import add_strips, mix_backward
 from .mix_cells import Cell, Grid

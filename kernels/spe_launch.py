@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import configs, linear_configs
 from .conv import filter_backward, filter_forward, filter_gradient
-from .launch import on, padded, rows_contiguous, strides
+from .problem import on, padded, rows_contiguous, strides
 from .sine import prepare_sines
 from .sine import sine_backward as sine_backward_kernel
 from .sine import sine_forward as sine_forward_kernel

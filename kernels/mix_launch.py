@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import mix
 from .configs import dot_precision
-from .problem import Problem, on, padded, rows_contiguous, strides
 from .mix import mix_forward
 from .mix_backward import add_strips, mix_backward
 from .mix_cells import Cell, Grid
@@ -26,6 +25,7 @@ from .mix_configs import channels, pick_mixing, pick_products
 from .mix_conv import MARGIN, conv_forward, conv_hidden, conv_softmax_backward
 from .mix_conv_backward import conv_hidden_backward, conv_scores_backward
 from .mix_products import attend_stored, row_sums, store_scores, stored_columns, stored_rows
+from .problem import Problem, on, padded, rows_contiguous, strides
 
 STEP = mix.STEP.value
 

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 
 from .dropout import choose, draw, load_words, stays
+from .near import narrowed
 from .sequences import keys_of_program
 from .tile import HIDDEN, capped, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap", "count", "threshold", "kept"])
 def attend_backward_cols(
-    Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, PAD, CU_Q, CU_K, count, SEED, WORDS, threshold, kept, rule, scale,
+    Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, PAD, NEAR, CU_Q, CU_K, count, SEED, WORDS, threshold, kept, rule, scale,
     scale2, softcap, Lq, Lk, low, high, H, GROUP,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l, p_b,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -34,7 +35,7 @@ def attend_backward_cols(
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE_DIM], tl.float32)
     # Query i sees key j where j - high <= i + d <= j - low.
-    start = tl.maximum(n0 - (high + d), 0) // BLOCK_M * BLOCK_M
+    start = tl.maximum(n0 - (high + d), 0)
     stop = tl.minimum(lq, tl.minimum(n0 + BLOCK_N, lk) - (low + d))
     for member in tl.range(0, GROUP):
         h = kv * GROUP + member
@@ -43,7 +44,11 @@ def attend_backward_cols(
         row = (b * H + h) * Lq + q0
         S = rule.setup(rule, b, h, q0 - d, lq + d)
         C = rule.cols(rule, h, j[:, None], n0, n0)
-        for m0 in tl.range(start, stop, BLOCK_M):
+        if NEAR is None:
+            begin, end = start, stop
+        else:
+            begin, end = narrowed(NEAR, b * H + h, n0, Lk, start, stop, BLOCK_N)
+        for m0 in tl.range(begin // BLOCK_M * BLOCK_M, end, BLOCK_M):
             i = m0 + tl.arange(0, BLOCK_M)
             at = i + d
             p0 = m0 + d

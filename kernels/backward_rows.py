@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 
 from .dropout import choose, draw, row_words, store_words
+from .near import narrowed
 from .sequences import rows_of_program
 from .tile import HIDDEN, capped, load_lse, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap", "count", "threshold", "kept"])
 def attend_backward_rows(
-    Q, K, V, OUT, DO, LSE, DLSE, LSE2, DELTA, DQ, PAD, CU_Q, CU_K, count, SEED, WORDS, threshold, kept, rule, scale,
-    scale2, softcap, Lq, Lk, low, high, H, GROUP,
+    Q, K, V, OUT, DO, LSE, DLSE, LSE2, DELTA, DQ, PAD, NEAR, CU_Q, CU_K, count, SEED, WORDS, threshold, kept, rule,
+    scale, scale2, softcap, Lq, Lk, low, high, H, GROUP,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, do_b, do_h, do_l, dq_b, dq_h, dq_l, p_b,
     LOOP: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -48,9 +49,11 @@ def attend_backward_rows(
         R = rule.rows(rule, h, at[:, None], p0, p0)
         T = rule.start(rule, BLOCK_M)
         dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-        start = tl.maximum(p0 + low, 0) // BLOCK_N * BLOCK_N
+        start = tl.maximum(p0 + low, 0)
         stop = tl.minimum(lk, tl.minimum(m0 + BLOCK_M, lq) + (high + d))
-        for n0 in tl.range(start, stop, BLOCK_N):
+        if NEAR is not None:
+            start, stop = narrowed(NEAR, group, m0, Lq, start, stop, BLOCK_M)
+        for n0 in tl.range(start // BLOCK_N * BLOCK_N, stop, BLOCK_N):
             j = n0 + tl.arange(0, BLOCK_N)
             k = load_rows(k_base, n0, k_l, lk, BLOCK_N, HEAD_DIM, D)
             v = load_rows(v_base, n0, v_l, lk, BLOCK_N, VALUE_DIM, DV)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import DEAD, HIDDEN, LN2, LOG2E, capped, load_columns, load_rows, load_scattered
+from .tile import DEAD, HIDDEN, LN2, LOG2E, capped, load_columns, load_rows, load_scattered, saw
 
 # What BIAS is, fp32 (RELATIVE: any) in natural units, unit stride last; strides t_b, t_h, t_l.
 NONE = tl.constexpr(0)
@@ -158,8 +158,9 @@ def bias_at(B, o, j, ok, zero, length, KIND: tl.constexpr, STAGED: tl.constexpr)
 @triton.jit
 def finished(acc, top, total, SINKS, h):
     """Rows [n, ...] -> out and natural lse, the sink included; a row that saw nothing has 0 and -inf, or the sink."""
-    acc = tl.where((top > DEAD)[:, None], acc, 0.0)
-    total = tl.where(top > DEAD, total, 0.0)
+    some = saw(top, total)
+    acc = tl.where(some[:, None], acc, 0.0)
+    total = tl.where(some, total, 0.0)
     if SINKS is not None:
         sink = tl.maximum(tl.load(SINKS + h) * LOG2E, HIDDEN)
         new = tl.maximum(top, sink)
@@ -167,7 +168,7 @@ def finished(acc, top, total, SINKS, h):
         acc = acc * alpha[:, None]
         total = total * alpha + tl.where(sink > DEAD, tl.math.exp2(sink - new), 0.0)
         top = new
-    alive = total > 0.0
+    alive = total != 0.0
     total = tl.where(alive, total, 1.0)
     return acc / total[:, None], tl.where(alive, (top + tl.math.log2(total)) * LN2, -float("inf"))
 
@@ -277,7 +278,7 @@ def decode_combine(
         part = tl.load(state + s, mask=s < splits, other=HIDDEN)
         sums_of = tl.load(state + sums + s, mask=s < splits, other=0.0)
         # A split that saw nothing has no share, whatever stands there.
-        some = part > DEAD
+        some = saw(part, sums_of)
         values = tl.load(acc_row + s[:, None] * DV + d, mask=some[:, None] & (d < DV), other=0.0)
         new = tl.maximum(top, tl.max(part, 0))
         weight = tl.where(some, tl.math.exp2(part - new), 0.0)

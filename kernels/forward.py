@@ -1,7 +1,8 @@
 """Attention forward: one pass over the keys, softmax on line, the bias added where the scores are.
 
 A program owns BLOCK_M queries of one head and walks over the keys that its rows may see: those with
-low <= j - i - d <= high (sequences.py), inside of their sequence, and PAD[b, j] where there is one.
+low <= j - i - d <= high (sequences.py), inside of their sequence, and PAD[b, j] where there is one; of these, where
+NEAR says which (near.py), over those that can matter.
 
 A sink is one more logit in the softmax's denominator: l += 2^(sink - max). Dropout leaves the denominator alone.
 """
@@ -12,18 +13,19 @@ import triton
 import triton.language as tl
 
 from .dropout import choose, draw, row_words
+from .near import narrowed
 from .sequences import rows_of_program
-from .tile import DEAD, HIDDEN, LN2, LOG2E, capped, load_columns, load_rows, store_rows
+from .tile import HIDDEN, LN2, LOG2E, capped, load_columns, load_rows, saw, store_rows
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap", "count", "threshold", "kept"])
 def attend_forward(
-    Q, K, V, OUT, LSE, PAD, SINKS, CU_Q, CU_K, count, SEED, threshold, kept, rule, scale, softcap, Lq, Lk, low, high, H,
-    GROUP, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, p_b,
+    Q, K, V, OUT, LSE, PAD, SINKS, NEAR, CU_Q, CU_K, count, SEED, threshold, kept, rule, scale, softcap, Lq, Lk,
+    low, high, H, GROUP, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, p_b,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m0, h, b, kv, q0, k0, lq, lk, d, row, _, _ = rows_of_program(CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_M)
+    m0, h, b, kv, q0, k0, lq, lk, d, row, bh, _ = rows_of_program(CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_M)
     if CU_Q is not None:  # noqa: SIM102 - known when compiled; the other only when run
         if m0 < 0:
             return
@@ -45,9 +47,11 @@ def attend_forward(
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_DIM], tl.float32)
 
-    start = tl.maximum(p0 + low, 0) // BLOCK_N * BLOCK_N
+    start = tl.maximum(p0 + low, 0)
     stop = tl.minimum(lk, tl.minimum(m0 + BLOCK_M, lq) + (high + d))
-    for n0 in tl.range(start, stop, BLOCK_N):
+    if NEAR is not None:
+        start, stop = narrowed(NEAR, bh, m0, Lq, start, stop, BLOCK_M)
+    for n0 in tl.range(start // BLOCK_N * BLOCK_N, stop, BLOCK_N):
         j = n0 + tl.arange(0, BLOCK_N)
         k = load_columns(k_base, n0, k_l, lk, BLOCK_N, HEAD_DIM, D)
         s = tl.dot(q, k, input_precision=PRECISION)
@@ -79,7 +83,7 @@ def attend_forward(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         running_max = new_max
 
-    alive = running_max > DEAD
+    alive = saw(running_max, running_sum)
     term = rule.row_term(rule, h, at, p0, p0)
     if SINKS is not None:
         sink = tl.load(SINKS + h) * LOG2E - term

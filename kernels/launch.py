@@ -24,9 +24,11 @@ from .backward_diagonals import attend_backward_diagonals
 from .backward_rows import attend_backward_rows
 from .diagonals import fold, room
 from .forward import attend_forward
+from .near import near, turned
 from .problem import Problem, rows_contiguous, strides
 from .relative import RelativeGradient
 from .scaled import LEAST_ROWS, ScaledGradient, add_up, room_for_sums
+from .schedules import Schedules
 from .toeplitz import ToeplitzGradient
 
 
@@ -34,7 +36,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, *, table: Tensor | None, support: Tensor | None, slopes: Tensor | None,
     key_mask: Tensor | None, scale: float, softcap: float, shift: int, left: int, right: int, symmetric: bool,
     scaled: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, relative: Tensor | None = None,
-    sinks: Tensor | None = None, sequences: Any = None, dropout: Any = None,
+    sinks: Tensor | None = None, sequences: Any = None, dropout: Any = None, skip: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out [B, Hq, Lq, Dv] in q's dtype and, where the shapes agree, q's strides; lse [B, Hq, Lq] fp32, natural."""
     p = Problem(
@@ -45,10 +47,11 @@ def forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     sinks = None if sinks is None else sinks.contiguous()
     if lse.numel():
+        needed = near(p, table, slopes, symmetric) if skip else None
         p.launch(
-            "forward", attend_forward, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, LSE=lse,
-            SINKS=sinks,
+            "forward", attend_forward, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, LSE=lse, SINKS=sinks, NEAR=needed,
             rule=p.rule, scale=p.scale2, **strides(q=p.q, k=p.k, v=p.v, o=out),
+            other=Schedules(p, out, lse, sinks, needed, slopes),
         )  # fmt: skip
         p.clear(out)
         p.clear(lse, values=lse.new_full((p.heads,), -math.inf) if sinks is None else sinks)
@@ -61,7 +64,7 @@ def backward(
     softcap: float, shift: int, left: int, right: int, symmetric: bool, tails_need_grad: bool,
     need_q: bool, need_kv: bool, need_table: bool, deterministic: bool,
     scaled: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, relative: Tensor | None = None,
-    sinks: Tensor | None = None, sequences: Any = None, dropout: Any = None,
+    sinks: Tensor | None = None, sequences: Any = None, dropout: Any = None, skip: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> dq, dk, dv, dtable; with scaled, dline, drows, dpieces; with relative, drelative. What is not needed is empty.
 
@@ -117,6 +120,7 @@ def backward(
         target = drelative if rows_contiguous(drelative) is drelative else torch.zeros(relative.shape).to(drelative)
         rule = RelativeGradient(*rule[:6], target, *target.stride()[:3])
     loop = need_q or rule is not p.rule
+    needed = near(p, table, slopes, symmetric, lse) if skip else None
 
     def reset() -> None:
         for made in (sums, tails, dfactor, dpieces):
@@ -132,13 +136,13 @@ def backward(
             direction, attend_backward_rows, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, DO=do, LSE=lse,
             DLSE=grad_lse, LSE2=lse2, DELTA=delta, DQ=dq if with_q else None, WORDS=words, rule=rule, scale=scale,
             scale2=p.scale2, LOOP=loop, **strides(q=p.q, k=p.k, v=p.v, o=out, do=do, dq=dq if with_q else p.q),
-            reset=reset,
+            NEAR=needed, reset=reset,
         )  # fmt: skip
     if need_kv:
         p.launch(
             "cols", attend_backward_cols, p.key_programs, Q=p.q, K=p.k, V=p.v, DO=do, LSE2=lse2, DELTA=delta, DK=dk,
             DV_OUT=dv, WORDS=words, rule=p.rule, scale=scale, scale2=p.scale2,
-            **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
+            NEAR=None if needed is None else turned(p, needed), **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
         )  # fmt: skip
     if need_table:
         if deterministic:

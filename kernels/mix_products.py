@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import DEAD, HIDDEN, LN2, LOG2E, load_columns, load_lse, load_rows, store_rows
+from .tile import HIDDEN, LN2, LOG2E, load_columns, load_lse, load_rows, saw, store_rows
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def attend_stored(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         running_max = new_max
     if last != 0:
-        alive = running_max > DEAD
+        alive = saw(running_max, running_sum)
         running_sum = tl.where(alive, running_sum, 1.0)
         acc = tl.where(alive[:, None], acc / running_sum[:, None], 0.0)
         store_rows(OUT + b * o_b + h * o_h, m, o_l, m1, acc, BLOCK_M, VALUE_DIM, DV)

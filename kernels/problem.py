@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -17,9 +18,7 @@ from .relative import Relative
 from .rule import Plain
 from .scaled import prepare as prepare_scaled
 from .sequences import clear_behind, fold_rows
-from .toeplitz import prepare
-
-OPEN = 2**30
+from .toeplitz import OPEN, prepare
 
 
 class Problem:
@@ -35,7 +34,7 @@ class Problem:
         self.group = self.heads // k.shape[1] if k.shape[1] else 1
         self.low = max(-left - shift, -OPEN) if left >= 0 else -OPEN
         self.high = min(right - shift, OPEN) if right >= 0 else OPEN
-        self.scale, self.softcap = scale, softcap
+        self.scale, self.softcap, self.shift = scale, softcap, shift
         self.width = max(64, padded(self.head_dim), padded(self.value_dim))
         if softcap:
             # A softcap keeps one more tile in registers: it runs with the row of the next head dim.
@@ -61,7 +60,7 @@ class Problem:
             first = 0 if sequences is None else sequences.max_q
             self.rule = prepare_scaled(*scaled, self.behind, first, shift, sequences is not None)
         elif table is not None:
-            self.rule = prepare(table, support, self.behind, shift, sequences is not None)
+            self.rule = prepare(table, support, self.behind, shift, sequences is not None, self.low, self.high)
         elif relative is not None:
             relative = rows_contiguous(relative)
             self.rule = Relative(relative, *relative.stride()[:3], relative.shape[3], shift)
@@ -71,10 +70,19 @@ class Problem:
         else:
             self.rule = Plain() if self.scale2 > 0 and not softcap else Plain(unscaled=None)
 
-    def launch(self, direction: str, kernel, programs, *tensors: Any, reset=None, **arguments: Any) -> None:
-        """Run `kernel` with the config of its direction; `programs(config)` is its number of programs."""
+    def launch(self, direction: str, kernel, programs, *tensors: Any, reset=None, other=None, **arguments: Any) -> None:
+        """Run `kernel` with the config of its direction; `programs(config)` is its number of programs.
+
+        `other`, if given, runs the configs of other schedules (schedules.py).
+        """
+        rule = type(arguments["rule"]).__name__
 
         def run(config: configs.Config) -> None:
+            if config.schedule != "plain":
+                chip, bits = configs.arch(self.q.device), self.q.element_size() * 8
+                plain = configs.pick(chip, direction, bits, self.width, rule)
+                return other.run(config, functools.partial(run, plain))
+            configs.ran[direction] = config
             blocks = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
             if direction == "diagonals":
                 blocks = dict(BLOCK=config.block_m, SUM_PRECISION=configs.sum_precision(self.q.device))
@@ -108,7 +116,7 @@ class Problem:
                     num_stages=config.num_stages,
                 )
 
-        configs.run(direction, self.q, self.width, type(arguments["rule"]).__name__, self.keys, run, reset)
+        configs.run(direction, self.q, self.width, rule, self.keys, run, reset, other and other.serves)
 
     @property
     def count(self) -> int:

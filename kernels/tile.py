@@ -79,6 +79,12 @@ def store_rows(base, first, stride, length, value, ROWS: tl.constexpr, HEAD_DIM:
 
 
 @triton.jit
+def saw(top, total):
+    """Whether rows with this running maximum and sum saw a key; logits that are all NaN are in the sum alone."""
+    return (top > DEAD) | (total != total)
+
+
+@triton.jit
 def load_lse(LSE, DLSE, delta, row, i, length):
     """Base-2 lse and delta - dlse of rows row + i; a row that saw nothing gets an lse that makes every p of it zero.
 

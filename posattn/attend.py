@@ -39,6 +39,7 @@ class Attend(torch.autograd.Function):
         max_k: int,
         dropout_p: float,
         seed: Tensor | None,
+        skip_from: int,
         scale: float,
         softcap: float,
         shift: int,
@@ -50,7 +51,7 @@ class Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rule = (scale, softcap, shift, left, right, symmetric)
         bias = (table, support, slopes, line, rows, knots, pieces)
-        numbers = dict(max_q=max_q, max_k=max_k, dropout_p=dropout_p)
+        numbers = dict(max_q=max_q, max_k=max_k, dropout_p=dropout_p, skip_from=skip_from)
         tensors = dict(relative=relative, sinks=sinks, cu_q=cu_q, cu_k=cu_k, seed=seed)
         out, lse = ops.attend_forward(q, k, v, *bias, key_mask, *rule, backend, **tensors, **numbers)
         ctx.save_for_backward(q, k, v, out, lse, *bias, key_mask, relative, sinks, cu_q, cu_k, seed)

@@ -29,6 +29,7 @@ def attention(
     query_start: int | None = None,
     key_start: int | None = None,
     return_lse: bool = False,
+    skip_negligible: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Scaled dot-product attention with a bias by position, in O(Lq + Lk) memory forward and backward.
@@ -71,6 +72,12 @@ def attention(
         key_start: position of the first key; 0 by default. Only ``key_start - query_start`` matters, except to
             `posattn.FIRE`.
         return_lse: also return lse.
+        skip_negligible: True: keys so far away that the bias leaves them no weight are not computed, forward and
+            backward, which is exact to rounding: all that is left out for a query has together less than 2^-26 of
+            its weights' sum (2^-55 in float64), by a bound from the norms of query and keys (near.py). False:
+            everything is computed. None: True where it should pay, for a bias that decays (`posattn.ALiBi`) over
+            2048 keys or more. A softcap, relative_logits, document_ids, `posattn.FIRE` and `posattn.DAPE` leave
+            out nothing.
         backend: "triton" (float16, bfloat16, and float32 with head dims to 128; on a GPU with compute capability
             8.0 or newer), "blockwise" (plain PyTorch, every dtype and device), or None: "triton" where it serves, else
             "blockwise". An explicit backend is taken or refused, never replaced.
@@ -127,6 +134,7 @@ def attention(
             query_start=query_start,
             key_start=key_start,
             return_lse=return_lse,
+            skip_negligible=skip_negligible,
             backend=backend,
         )
     checks.check_tensor("query", query)
@@ -141,6 +149,7 @@ def attention(
     option_checks.check_dropout(dropout_p, bias)
     option_checks.check_document_ids(document_ids, query, key, query_start, key_start)
     checks.check_return_lse(return_lse)
+    option_checks.check_skip_negligible(skip_negligible)
     rule = checks.check_rule(
         query,
         key,
@@ -162,5 +171,6 @@ def attention(
     decode.begin(query, key, bias)
 
     mask, sequences = key_padding_mask, documents(document_ids) if document_ids is not None else None
-    out, lse = attend(query, key, value, bias, rule, backend, mask, sinks, relative_logits, dropout_p, sequences)
+    options = sinks, relative_logits, dropout_p, sequences, skip_negligible
+    out, lse = attend(query, key, value, bias, rule, backend, mask, *options)
     return (out, lse) if return_lse else out

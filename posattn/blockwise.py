@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .biases.bias import Scaled
 from .blockwise_bias import BlockBias
-from .blockwise_parts import blocks
 from .blockwise_scores import by_key_head, kept_pairs, make_buffers, make_scores
+from .near_blocks import NearBlocks, some_blocks
 from .strips import DEAD, Block
 
 if TYPE_CHECKING:
@@ -55,8 +55,12 @@ def forward(
     sinks: Tensor | None = None,
     sequences: Sequences | None = None,
     dropout: Dropout | None = None,
+    skip: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and its natural logsumexp: by PyTorch's CPU kernel, or where it does not serve by stored scores."""
+    """Attention and its natural logsumexp: by PyTorch's CPU kernel, or where it does not serve by stored scores.
+
+    skip: without the pairs that near.py finds negligible; ignored where it does not serve.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     value_dim = v.shape[-1]
     out = torch.empty_like(q) if value_dim == q.shape[-1] else q.new_empty((*q.shape[:-1], value_dim))
@@ -74,6 +78,9 @@ def forward(
     )  # fmt: skip
     rule = bias.rule
     key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    near = None
+    if skip and bias.by_offset and not softcap:
+        near = NearBlocks(q, k, bias, key_mask=key_mask, scale=scale, sinks=sinks)
     if fused:
         width = max(q.shape[-1], value_dim)  # the kernel knows one for all, and no stride inside a row
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
@@ -97,9 +104,9 @@ def forward(
             scratch = None if bias.is_view(part) else SCRATCH
             most = rule.most_keys(FUSED_ROWS, len(part.keys))
             count = LONG_ROWS if most > LONG else FUSED_ROWS
-            todo += blocks(rule, part, key_heads, group, count, MIN_ROWS, scratch)
+            todo += some_blocks(near, rule, part, key_heads, group, count, MIN_ROWS, scratch)
         else:
-            todo += blocks(rule, part, key_heads, group, ROWS, MIN_ROWS, SCRATCH)
+            todo += some_blocks(near, rule, part, key_heads, group, ROWS, MIN_ROWS, SCRATCH)
 
     count = 1 + (relative is not None) + bool(softcap)
     buffers = make_buffers([block for block in todo if not (fused and bias.is_view(block))], count, bias)
@@ -163,6 +170,7 @@ def backward(
     need_kv: bool,
     need_table: bool,
     deterministic: bool,
+    skip: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and the bias; where the table's tails need none, it is 0 outside the support.
 
@@ -191,9 +199,12 @@ def backward(
     k, v = k.to(dtype).contiguous(), v.to(dtype).contiguous()
     sum_k, sum_v = (_accumulator(gradient, dtype) for gradient in (dk, dv))
 
+    near = None
+    if skip and bias.by_offset and not softcap:
+        near = NearBlocks(q, k, bias, key_mask=key_mask, scale=scale, sinks=sinks, lse=lse)
     todo: list[Block] = []
     for part in bias.parts:
-        todo += blocks(bias.rule, part, key_heads, group, ROWS, MIN_ROWS, SCRATCH)
+        todo += some_blocks(near, bias.rule, part, key_heads, group, ROWS, MIN_ROWS, SCRATCH)
     buffers = make_buffers(todo, 3 if softcap else 2, bias)
     for block in todo:
         if not block.keys:

@@ -17,6 +17,8 @@ from .mix_ops import Mix
 from .ops import Sequences
 from .strips import INVISIBLE
 
+SKIP_FROM = 2048  # keys; with fewer, looking for negligible pairs costs more than they do
+
 
 def attend(
     query: Tensor,
@@ -30,6 +32,7 @@ def attend(
     relative: Tensor | None,
     dropout_p: float,
     sequences: Sequences | None,
+    skip: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse of arguments that are checked; with sequences, those of `ops.attend_forward`, rule has no starts."""
     if torch.compiler.is_compiling():  # which takes no tensor twice
@@ -71,6 +74,7 @@ def attend(
         max_k,
         dropout_p,
         None if dropout is None else dropout.seed,
+        skip_from(skip, bias),
         rule.scale,
         rule.softcap,
         rule.key_start - rule.query_start,
@@ -81,6 +85,13 @@ def attend(
         backend,
     )
     return out, lse
+
+
+def skip_from(asked: bool | None, bias: Bias | Tensor | None) -> int:
+    """From how many keys on negligible pairs are looked for, -1: never. The operator compares: it is not compiled."""
+    if asked is None:
+        return SKIP_FROM if isinstance(bias, Bias) and bias.decays else -1
+    return 0 if asked and bias is not None else -1
 
 
 class Made(NamedTuple):

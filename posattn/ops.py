@@ -30,7 +30,7 @@ class Sequences(NamedTuple):
 # What few calls have: both operators take these by name.
 _OPTIONS = (
     "*, Tensor? relative=None, Tensor? sinks=None, Tensor? cu_q=None, Tensor? cu_k=None, SymInt max_q=0,"
-    " SymInt max_k=0, float dropout_p=0.0, Tensor? seed=None"
+    " SymInt max_k=0, float dropout_p=0.0, Tensor? seed=None, int skip_from=-1"
 )
 
 torch.library.define(
@@ -83,6 +83,7 @@ def _forward(
     max_k: int = 0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    skip_from: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its natural logsumexp.
 
@@ -99,7 +100,8 @@ def _forward(
     cu_q. Query i of a sequence then stands at i + its number of keys - its number of queries, key j at j; shift is
     0, table and line (max_q + max_k - 1) begin at the offset 1 - max_k, and rows (max_q + max_k) at the position
     -max_q. With dropout_p, each pair's probability is dropped or divided by 1 - dropout_p, by seed, int64 (4,)
-    (see dropout.py).
+    (see dropout.py). With skip_from keys or more, unless it is -1, pairs that a table or slopes make negligible are
+    left out (near.py); with a softcap, relative, scaled parts or sequences none are.
     """
     if q.numel() == 0 or k.numel() == 0:  # no kernel needs to know of grids without programs
         out, lse = empty_outputs(q, v)
@@ -120,7 +122,7 @@ def _forward(
             left=left,
             right=right,
             symmetric=symmetric,
-            **_options(relative, sinks, cu_q, cu_k, max_q, max_k, dropout_p, seed),
+            **_options(relative, sinks, cu_q, cu_k, max_q, max_k, dropout_p, seed, 0 <= skip_from <= k.shape[2]),
         )
     return outputs
 
@@ -163,6 +165,7 @@ def _backward(
     max_k: int = 0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    skip_from: int = -1,
     need_sinks: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, table, line, rows, pieces, relative and sinks, each like its tensor, or of shape (0,).
@@ -202,7 +205,7 @@ def _backward(
             need_kv=need_kv,
             need_table=need_table,
             deterministic=deterministic,
-            **_options(relative, sinks, cu_q, cu_k, max_q, max_k, dropout_p, seed),
+            **_options(relative, sinks, cu_q, cu_k, max_q, max_k, dropout_p, seed, 0 <= skip_from <= k.shape[2]),
         )
     if relative is not None:
         *gradients, drelative = gradients
@@ -283,6 +286,7 @@ def _options(
     max_k: int,
     dropout_p: float,
     seed: Tensor | None,
+    skip: bool,
 ) -> dict[str, Any]:
     """Those that are there, as a backend takes them."""
     options: dict[str, Any] = {}
@@ -294,6 +298,8 @@ def _options(
         options["sequences"] = Sequences(cu_q, cu_q if cu_k is None else cu_k, max_q, max_k)
     if seed is not None:
         options["dropout"] = Dropout(dropout_p, seed)
+    if skip:
+        options["skip"] = True
     return options
 
 

@@ -116,3 +116,8 @@ def check_sequences(name: str, cu_seqlens: Tensor, max_seqlen: int, tensor: Tens
 def is_fake(tensor: Tensor) -> bool:
     """Without values to look at."""
     return tensor.device.type == "meta" or type(tensor) is not Tensor
+
+
+def check_skip_negligible(skip_negligible: bool | None) -> None:
+    if skip_negligible is not None:
+        checks._check_flag("skip_negligible", skip_negligible)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends import BACKENDS, by
 from calls import TRITON, blockwise, qkv, same, triton
 from oracle import attention_oracle
 
@@ -153,3 +154,24 @@ def test_meta_tensors():
     assert out.shape == (2, 4, 5, 8)
     assert lse.shape == (2, 4, 5)
     assert out.device.type == "meta"
+
+
+# ------------------------------------------------------------------------------------ what is not a number
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["forward", "decoding", "ALiBi", "DAPE", "a softcap"])
+def test_a_query_that_is_no_number_shows(backend, way):
+    """And it alone: a query whose logits are all NaN is not one that sees nothing, which gives 0."""
+    query, key, value = (torch.randn(2, 2, 2 if way == "decoding" and n == 0 else 40, 16) for n in range(3))
+    query[1, 0, 1] = torch.nan
+    bias = posattn.DAPE(2, posattn.ALiBi(2)) if way == "DAPE" else posattn.ALiBi(2) if way == "ALiBi" else None
+    kwargs = dict(softcap=2.0) if way == "a softcap" else {}
+    with torch.no_grad():
+        out, lse = by(backend, attention, query, key, value, bias, is_causal=True, return_lse=True, **kwargs)
+    bad = torch.zeros(lse.shape, dtype=torch.bool)
+    bad[1, 0, 1] = True
+    if way == "DAPE":
+        bad[1, 1, 1] = True  # its heads are mixed
+    assert torch.equal(lse.isnan(), bad)
+    assert torch.equal(out.isnan(), bad[..., None].expand_as(out))

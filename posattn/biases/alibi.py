@@ -29,6 +29,7 @@ class ALiBi(Bias):
     """
 
     slope: Tensor
+    decays = True
 
     def __init__(self, num_heads: int, learnable: bool = False, symmetric: bool = True) -> None:
         super().__init__(num_heads)

@@ -40,6 +40,8 @@ class Bias(nn.Module):
             when False.
         tails_need_grad: False when the parameters have no influence outside `support`, so that attention may
             skip the gradient of the constant tails.
+        decays: True when the bias falls with the distance, without end, so that `posattn.attention` looks for keys
+            that are too far away to matter (``skip_negligible``).
 
     A new bias in full:
 
@@ -56,6 +58,7 @@ class Bias(nn.Module):
 
     symmetric: bool = True
     tails_need_grad: bool = True
+    decays: bool = False
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

@@ -9,12 +9,14 @@ python -m bench extrapolate  eleven ways to tell positions, each far beyond its 
 python -m bench chomsky      the same ways on formal-language tasks, trained on short strings, tested on long ones
 python -m bench dape         time and memory of DAPE and FIRE beside the same formula in plain PyTorch
 python -m bench decode       one token against a cache of keys: time beside SDPA and the memory's floor
+python -m bench speed        the table of goals on this GPU, its peers in the same run: speed, memory, first call
 python -m bench spe          SineSPE and ConvSPE with linear attention: time, memory, error, a language model
 python -m bench floater      FLOATER: the cost of position vectors from a neural ODE, a language model
 python -m bench listops      ListOps with linear attention: learned absolute positions against SineSPE
+python -m bench skip         ALiBi and others without the keys too far away to matter: share, error, time
 python -m bench ring         a sequence over several processes: equality, traffic, balance
 python -m bench gate         the kernels against float64
-python -m bench kernels      what the kernels compile to, without a GPU
+python -m bench kernels      what the kernels compile to, without a GPU; --model: what binds them, and predictions
 """
 
 from __future__ import annotations
@@ -49,6 +51,10 @@ def main(argv: list[str]) -> int:
         from .chomsky import main as chomsky
 
         return chomsky(argv[1:])
+    if argv[:1] == ["speed"]:
+        from .speed import main as speed
+
+        return speed(argv[1:])
     if argv[:1] == ["spe"]:
         from .spe import main as spe
 
@@ -61,6 +67,10 @@ def main(argv: list[str]) -> int:
         from .listops import main as listops
 
         return listops(argv[1:])
+    if argv[:1] == ["skip"]:
+        from .skip import main as skip
+
+        return skip(argv[1:])
     if argv[:1] == ["ring"]:
         from .ring import main as ring
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .machine_code import TENSOR_CORE, Code, read_amdgcn, read_sass
+from .machine_code import ACCESS, TENSOR_CORE, Code, read_amdgcn, read_sass
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -73,6 +73,16 @@ RULES: dict[str, dict[str, bool]] = {
     "Toeplitz+sequences": {"table": True, "sequences": True},
     "Gradient+dropout": {"table": True, "dropout": True, "gradient": True},
     "Gradient+sequences": {"table": True, "sequences": True, "gradient": True},
+    # Schedules beside the plain one (kernels/descriptors.py); causal, as "no bias" is, with a table of zeros.
+    "Toeplitz+specialised": {"table": True, "past_only": True, "specialised": True},
+    "Toeplitz+skip+specialised": {"table": True, "past_only": True, "skip": True, "specialised": True},
+    "Plain+specialised": {"specialised": True},
+    "Toeplitz+persistent": {"table": True, "past_only": True, "persistent": True},
+    "Toeplitz+skip+persistent": {"table": True, "past_only": True, "skip": True, "persistent": True},
+    "Plain+persistent": {"persistent": True},
+    "Toeplitz+descriptors": {"table": True, "past_only": True, "descriptors": True},
+    "Toeplitz+skip+descriptors": {"table": True, "past_only": True, "skip": True, "descriptors": True},
+    "Plain+descriptors": {"descriptors": True},
 }
 TOEPLITZ = ("Toeplitz", "Toeplitz+span")
 GRADIENT = ("Gradient", "Gradient+span", "Gradient+span+tails")
@@ -88,6 +98,17 @@ HEAVIEST = {
     "diagonals": "Toeplitz+span",
 }
 SOFTCAP = {direction: f"{rules[-1]}+softcap" for direction, rules in DIRECTIONS.items()}
+# schedule -> its rules; of these the first so many are compiled by default, where configs.OTHERS has a row
+SCHEDULES = {
+    "specialised": ("Toeplitz+specialised", "Toeplitz+skip+specialised", "Plain+specialised"),
+    "persistent": ("Toeplitz+persistent", "Toeplitz+skip+persistent", "Plain+persistent"),
+    "descriptors": ("Toeplitz+descriptors", "Toeplitz+skip+descriptors", "Plain+descriptors"),
+}
+FEW = {
+    ("forward", "specialised", 64): 1, ("forward", "specialised", 128): 2, ("forward", "specialised", 256): 1,
+    ("forward", "persistent", 128): 1, ("forward", "descriptors", 64): 1,
+    ("cols", "specialised", 64): 1, ("cols", "specialised", 128): 1,
+}  # fmt: skip
 # What only sm_90 in 16 bits compiles by default, for head dims up to 128: other calls of the same kernels.
 CALLS = {
     "forward": ("Relative", "Plain+dropout", "Toeplitz+sequences"),
@@ -102,10 +123,12 @@ def launch_arguments(
     chip: str, direction: str, bits: int, width: int, rule: str
 ) -> tuple[Any, dict[str, Any], Any]:
     """(kernel, its arguments by name, row of the config table) of the launch that attention makes; nothing runs."""
-    from posattn.kernels import configs, launch
+    from posattn.kernels import configs, launch, schedules
 
     made: list[tuple[Any, dict[str, Any]]] = []
     picked = []
+    want = RULES[rule]
+    schedule = next((name for name in SCHEDULES if name in want), "plain")
 
     def write_down(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         made.append((kernel, {**dict(zip(kernel.arg_names, args)), **kwargs}))
@@ -113,10 +136,12 @@ def launch_arguments(
     def only_this_direction(name: str, q: Tensor, width: int, rule: str, length: int, run: Any, *_: Any) -> None:
         if name == direction:
             made.clear()  # what prepared it
-            picked.append(configs.pick(chip, name, bits, width, rule))
+            more = [c for c in configs.others(chip, name, bits, width) if c.schedule == schedule != "plain"]
+            picked.append(more[0] if more else configs.pick(chip, name, bits, width, rule))
             run(picked[0])
 
-    want = RULES[rule]
+    def always(call: Any, config: Any, plain: Any) -> None:
+        call.launch(config, *call.outputs)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -139,19 +164,21 @@ def launch_arguments(
     )  # fmt: skip
     if "scaled" in want:
         problem["scaled"] = empty(2 * LENGTH - 1), empty(LENGTH), empty(KNOTS), empty(HEADS, KNOTS + 1, 2)
-    kept = configs.run, triton.runtime.JITFunction.run
-    configs.run, triton.runtime.JITFunction.run = only_this_direction, write_down
+    kept = configs.run, triton.runtime.JITFunction.run, schedules.Schedules.run, configs.one_pass
+    configs.run, triton.runtime.JITFunction.run, schedules.Schedules.run = only_this_direction, write_down, always
+    configs.one_pass = lambda q, width: direction == "once"
     try:
         if direction == "forward":
-            launch.forward(q, k, v, **problem)
+            launch.forward(q, k, v, **problem, skip="skip" in want)
         else:
             launch.backward(
                 out, None, q, k, v, out, empty(BATCH, HEADS, LENGTH), **problem, tails_need_grad="tails" in want,
+                skip="skip" in want,
                 need_q=True, need_kv=True, need_table="gradient" in want or direction == "diagonals",
                 deterministic=direction == "diagonals",
             )  # fmt: skip
     finally:
-        configs.run, triton.runtime.JITFunction.run = kept
+        configs.run, triton.runtime.JITFunction.run, schedules.Schedules.run, configs.one_pass = kept
     return *made[0], picked[0]
 
 
@@ -205,10 +232,16 @@ def _tool(name: str, cubin: bytes, *flags: str) -> str:
         return subprocess.run([TOOLS / name, *flags, path], capture_output=True, text=True, check=True).stdout
 
 
-def count(chip_name: str, compiled: Any, tile: int) -> dict[str, Any]:
-    """Resources of a compiled kernel and the instructions of its loop; `tile` is BLOCK_M * BLOCK_N."""
+def count(chip_name: str, compiled: Any, tile: int, asked: int | None = None) -> dict[str, Any]:
+    """Resources of a compiled kernel and the instructions of its loop; `tile` is BLOCK_M * BLOCK_N.
+
+    `asked` is how many warps were asked for. Specialised, as many copy, and the other groups run the loop that counts.
+    """
     chip = CHIPS[chip_name]
-    threads = compiled.metadata.num_warps * chip.target.warp_size
+    computing = compiled.metadata.num_warps
+    if asked is not None and computing > asked:
+        computing -= asked
+    threads = computing * chip.target.warp_size
     if chip.target.backend == "cuda":
         usage = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
@@ -230,7 +263,9 @@ def count(chip_name: str, compiled: Any, tile: int) -> dict[str, Any]:
         programs=min(by_registers, by_shared, chip.warps // compiled.metadata.num_warps),
         products=dict(products), exponentials=sum(op.startswith(("MUFU", "v_exp")) for op in near),
         path=len(near), far_path=len(far), loop=len(code.loop[1]) if code.loop else 0,
-        per_score=len(near) * threads / tile,
+        staged=sum(i.op.startswith("LDGSTS") for i in code.instructions),
+        specialised="ttg.warp_specialize" in compiled.asm.get("ttgir", ""), computing=computing,
+        per_score=len(near) * threads / tile, accesses=dict(Counter(op for op in near if ACCESS.match(op))),
     )  # fmt: skip
 
 
@@ -261,7 +296,7 @@ def compiled(chip: str, kernel: Any, arguments: dict[str, Any]) -> Any:
 def counted(row: dict[str, Any], kernel: Any, arguments: dict[str, Any], tile: int) -> dict[str, Any]:
     """A row of the report with its counts; a compiler's failure is in its "error", not raised."""
     try:
-        return {**row, **count(row["chip"], compiled(row["chip"], kernel, arguments), tile)}
+        return {**row, **count(row["chip"], compiled(row["chip"], kernel, arguments), tile, arguments["num_warps"])}
     except Exception as error:
         while error.__cause__ is not None:
             error = error.__cause__
@@ -272,6 +307,6 @@ def compile_and_count(chip: str, direction: str, bits: int, width: int, rule: st
     """One row of the report; a compiler's failure is in its "error", not raised."""
     kernel, arguments, config = launch_arguments(chip, direction, bits, width, rule)
     row = dict(chip=chip, direction=direction, bits=bits, width=width, rule=rule, **config._asdict())
-    row["precision"] = arguments["PRECISION"]
+    row["precision"] = arguments.get("PRECISION", "tf32")
     tile = config.block_m * (config.block_m if direction == "diagonals" else config.block_n)
     return counted(row, kernel, arguments, tile)

@@ -163,11 +163,13 @@ def turn(name: str, cache: Cache, device: str) -> tuple[Callable[[], Any], int] 
 
 
 @torch.no_grad()
-def measured(place: Place, device: str, patience: Patience) -> list[dict[str, Any]]:
+def measured(
+    place: Place, device: str, patience: Patience, peers: tuple[str, ...] = PEERS
+) -> list[dict[str, Any]]:
     cache = Cache(place, device)
     floor = place.cache_bytes(cache.dtype.itemsize) / BANDWIDTH
     runs, calls, rows, first = {}, {}, [], {}
-    for name in PEERS:
+    for name in peers:
         row = dict(place=str(place), **place._asdict(), peer=name, floor=floor if device == "cuda" else None)
         try:
             made = turn(name, cache, device)

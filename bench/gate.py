@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 # cases, memory.
 FIRST_SHARE, FEATURES_SHARE, DECODE_SHARE, MIXING_SHARE, SPE_SHARE = 0.22, 0.33, 0.43, 0.55, 0.66
 FLOATER_SHARE, NUMERICS_SHARE, MEMORY_SHARE = 0.69, 0.74, 0.79
+SCHEDULE = os.environ.get("POSATTN_SCHEDULE", "")
 PARTS = ("numerics", "features", "decode", "mixing", "spe", "floater")
 
 
@@ -86,7 +88,9 @@ def numerics(cases: list[Any], device: torch.device, clock: Clock, rehearse: boo
             break
         started = time.perf_counter()
         try:
-            row = checks[type(case)](case, device, rehearse)
+            # With another schedule, the first call of a kind only judges it (kernels/schedules.py).
+            for _ in range(2 if SCHEDULE else 1):
+                row = checks[type(case)](case, device, rehearse)
         except torch.cuda.OutOfMemoryError:
             row = {"case": str(case), "errors": {}, "failed": [], "not_run": "float64 does not fit this GPU's memory"}
         except Exception as error:  # one broken config must not hide the others
@@ -129,8 +133,11 @@ def served(cases: list[Any], device: torch.device) -> list[Any]:
 
 
 def configs_covered(done: list[Any], device: torch.device) -> dict[str, list[str]]:
-    """Which rows of the config table the cases ran; "diagonals" runs in deterministic cases only."""
-    from posattn.kernels import configs
+    """Which rows of the config table the cases ran; "diagonals" runs in deterministic cases only.
+
+    Rows of other schedules are named with it and their tile; covered are those that the plain kernel agreed with.
+    """
+    from posattn.kernels import configs, schedules
 
     ran = {bits_and_width(case) for case in done}
     sums = {bits_and_width(case) for case in done if case.deterministic}
@@ -139,6 +146,14 @@ def configs_covered(done: list[Any], device: torch.device) -> dict[str, list[str
         if chip == configs.arch(device):
             yes = (bits, width) in (sums if direction == "diagonals" else ran)
             made["covered" if yes else "not_covered"].append(f"{chip} {direction} {bits} bits {width}")
+    judged: dict[str, list[str]] = {}
+    for v in schedules.verdicts():
+        bits, config = torch.finfo(v["dtype"]).bits, v["config"]
+        if (bits, v["head_dim"]) in ran:
+            row = schedules.name(configs.arch(device), v["direction"], bits, v["head_dim"], config)
+            judged.setdefault(row, []).append(v["why"])
+    for name, reasons in judged.items():
+        made["not_covered" if any(reasons) else "covered"].append(name)
     return made
 
 
@@ -159,8 +174,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--interpret", action="store_true", help=rehearse)
     arguments = parser.parse_args(argv)
     if arguments.interpret:
-        import os
-
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         print("no GPU here: nothing was run (--interpret rehearses a few cases on the CPU)")
@@ -208,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         RESULTS.mkdir(exist_ok=True)
         parts = report["machine"]["device"].replace(" ", "-"), torch.__version__, report["machine"]["triton"]
         name = "gate" if arguments.part in ("all", "attention") else f"gate-{arguments.part}"
+        name += f"-{SCHEDULE}" if SCHEDULE else ""
         path = RESULTS / "{}-{}-torch{}-triton{}.json".format(name, *parts)
     if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 TENSOR_CORE = re.compile(r"HGMMA|HMMA|UTCHMMA|v_s?mfma")
+# Loads, stores and reductions of memory, by SASS.
+ACCESS = re.compile(r"(LD|ST|LDG|STG|LDS|STS|LDGSTS|LDSM|STSM|RED|REDG|ATOMG|ATOM|UTMA\w*)\b")
 # What a path through the loop must meet to be that of a tile near the diagonal: products, loads, reductions.
 WORK = re.compile(r"HGMMA|HMMA|UTCHMMA|(LDG|LD|REDG?|ATOMG?)\b|v_s?mfma|(global|buffer|flat)_(load|atomic)")
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .diagonals import block_diagonals, slot_pointers
 from .dropout import draw, load_words, stays
-from .sequences import sequence
+from .sequences import kept_place, sequence
 from .tile import HIDDEN, capped, load_rows
 
 
@@ -33,9 +33,9 @@ def row_products(
 
 
 @triton.jit(do_not_specialize=["B", "Lq", "Lk", "low", "high", "H", "softcap", "count", "max_q", "max_k",
-                              "threshold", "kept"])
+                              "threshold", "kept", "kept_h"])
 def attend_backward_diagonals(
-    Q, K, V, DO, LSE2, DELTA, BLOCKS, PAD, CU_Q, CU_K, count, max_q, max_k, SEED, WORDS, threshold, kept, rule,
+    Q, K, V, DO, LSE2, DELTA, kept_h, BLOCKS, PAD, CU_Q, CU_K, count, max_q, max_k, SEED, WORDS, threshold, kept, rule,
     scale2, softcap, B, Lq, Lk, low, high, H, GROUP,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, p_b, g_copy, g_h, g_zero,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -67,10 +67,12 @@ def attend_backward_diagonals(
             if not PACKED:
                 b = tl.cast(part, tl.int64)
                 q0, k0, lq, lk, d = 0, 0, Lq, Lk, 0
+                kept_row = (b * H + h) * kept_h
             else:
                 query, key, lq, lk = sequence(CU_Q, CU_K, part, Lq, Lk)
                 b = (query // Lq).to(tl.int64)
                 q0, k0, d = query - b * Lq, key - b * Lk, lk - lq
+                kept_row = h.to(tl.int64) * kept_h + kept_place(query, part)
             row = (b * H + h) * Lq + q0
             start = tl.maximum(-(c * BLOCK + d), 0) // BLOCK * BLOCK
             stop = tl.minimum(lq, lk - d - c * BLOCK)
@@ -80,8 +82,8 @@ def attend_backward_diagonals(
                 i = m0 + tl.arange(0, BLOCK)
                 at = i + d
                 j = n0 + tl.arange(0, BLOCK)
-                lse = tl.load(LSE2 + row + i, mask=i < lq, other=-HIDDEN) - rule.row_term(rule, h, at, p0, p0)
-                delta = tl.load(DELTA + row + i, mask=i < lq, other=0.0)
+                lse = tl.load(LSE2 + kept_row + i, mask=i < lq, other=-HIDDEN) - rule.row_term(rule, h, at, p0, p0)
+                delta = tl.load(DELTA + kept_row + i, mask=i < lq, other=0.0)
                 R = rule.rows(rule, h, at[:, None], p0, p0)
                 C = rule.cols(rule, h, j[None, :], n0, p0)
                 q_base = Q + b * q_b + h.to(tl.int64) * q_h + q0 * q_l

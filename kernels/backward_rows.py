@@ -15,16 +15,18 @@ from .sequences import rows_of_program
 from .tile import HIDDEN, capped, load_lse, load_rows, store_rows
 
 
-@triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap", "count", "threshold", "kept"])
+@triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap", "count", "threshold", "kept", "kept_h"])
 def attend_backward_rows(
-    Q, K, V, OUT, DO, LSE, DLSE, LSE2, DELTA, DQ, PAD, NEAR, CU_Q, CU_K, count, SEED, WORDS, threshold, kept, rule,
-    scale, scale2, softcap, Lq, Lk, low, high, H, GROUP,
+    Q, K, V, OUT, DO, LSE, DLSE, LSE2, DELTA, kept_h, DQ, PAD, NEAR, CU_Q, CU_K, count, SEED, WORDS, threshold, kept,
+    rule, scale, scale2, softcap, Lq, Lk, low, high, H, GROUP,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, do_b, do_h, do_l, dq_b, dq_h, dq_l, p_b,
     LOOP: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m0, h, b, kv, q0, k0, lq, lk, d, row, group, n = rows_of_program(CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_M)
+    m0, h, b, kv, q0, k0, lq, lk, d, row, there, group, n = rows_of_program(
+        CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_M, kept_h
+    )
     if CU_Q is not None:  # noqa: SIM102 - known when compiled; the other only when run
         if m0 < 0:
             return
@@ -33,8 +35,8 @@ def attend_backward_rows(
     out = load_rows(OUT + b * o_b + h.to(tl.int64) * o_h + q0 * o_l, m0, o_l, lq, BLOCK_M, VALUE_DIM, DV)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     lse, delta = load_lse(LSE, DLSE, delta, row, i, lq)
-    tl.store(LSE2 + row + i, lse, mask=i < lq)
-    tl.store(DELTA + row + i, delta, mask=i < lq)
+    tl.store(LSE2 + there + i, lse, mask=i < lq)
+    tl.store(DELTA + there + i, delta, mask=i < lq)
     if SEED is not None:
         w0, w1 = row_words(SEED, b, h, q0, k0, i)
         store_words(WORDS, row, i, lq, w0, w1)
@@ -49,6 +51,9 @@ def attend_backward_rows(
         R = rule.rows(rule, h, at[:, None], p0, p0)
         T = rule.start(rule, BLOCK_M)
         dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        hidden = HIDDEN
+        if rule.lift is not None:
+            hidden = HIDDEN / scale2
         start = tl.maximum(p0 + low, 0)
         stop = tl.minimum(lk, tl.minimum(m0 + BLOCK_M, lq) + (high + d))
         if NEAR is not None:
@@ -64,15 +69,20 @@ def attend_backward_rows(
             if SOFTCAP:
                 t = capped(s, scale2)
                 s = rule.score(t, softcap, S, R, C, j[None, :], first, last, rule)
+            elif rule.lift is not None:
+                s, lift = rule.lift(s, scale2, S, R, C, j[None, :], first, last, rule)
             else:
                 s = rule.score(s, scale2, S, R, C, j[None, :], first, last, rule)
             if PAD is not None:
                 keep = tl.load(PAD + b * p_b + k0 + j, mask=j < lk, other=0)
-                s = tl.where(keep[None, :] != 0, s, HIDDEN)
+                s = tl.where(keep[None, :] != 0, s, hidden)
             if (first < low) | (last > high) | (n0 + BLOCK_N > lk):
                 x = j[None, :] - at[:, None]
-                s = tl.where((x >= low) & (x <= high) & (j[None, :] < lk), s, HIDDEN)
-            p = tl.math.exp2(s - lse[:, None])
+                s = tl.where((x >= low) & (x <= high) & (j[None, :] < lk), s, hidden)
+            if rule.lift is not None:
+                p = tl.math.exp2(s * scale2 - (lse - lift)[:, None])
+            else:
+                p = tl.math.exp2(s - lse[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             # The gradient of the logits; behind a softcap it is not yet that of the scores.
             if SEED is None:

@@ -2,8 +2,10 @@
 
 A tile [M, N] is cut in 8 x 8 blocks. Blocks of one block diagonal are added up by a product with a constant one-hot
 matrix, x[(p, q), (a, b)] @ onehot[(a, b), slot] with slot = b - a + M/8 - 1, so that what leaves the tile is 64 numbers
-a block diagonal, no atomic a score. They go to fp32 [copies, H, block diagonals, 64]: entry [zero + b - a, p * 8 + q]
-is the sum over the pairs (8 a + p, 8 b + q). `fold` adds the 8 entries that share an offset.
+a block diagonal, no atomic a score: the sums over the pairs (8 a + p, 8 b + q), which go to j - i = 8 (b - a) + q - p.
+
+In fixed order they go to fp32 [copies, H, block diagonals, 64] instead, each to a place of its own: entry
+[zero + b - a, p * 8 + q]. `fold` adds the 8 entries that share an offset.
 """
 
 from __future__ import annotations
@@ -14,21 +16,30 @@ from torch import Tensor
 
 
 @triton.jit
-def onehot(M: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr):
-    """[M/8 * N/8, SLOTS]: which block of a tile stands on which of its block diagonals."""
+def onehot(M: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr = False):
+    """[M/8 * N/8, SLOTS]: which block of a tile stands on which of its block diagonals; TURNED, of a tile [N, M]."""
     c = tl.arange(0, (M // 8) * (N // 8))
-    slot = c % (N // 8) - c // (N // 8) + (M // 8 - 1)
+    if TURNED:
+        slot = c // (M // 8) - c % (M // 8) + (M // 8 - 1)
+    else:
+        slot = c % (N // 8) - c // (N // 8) + (M // 8 - 1)
     return (slot[:, None] == tl.arange(0, SLOTS)[None, :]).to(DTYPE)
 
 
 @triton.jit
-def block_diagonals(x, PRECISION: tl.constexpr):
-    """[M, N] -> [64, SLOTS]: the 8 x 8 blocks of each block diagonal, added up; SLOTS >= M/8 + N/8 - 1."""
-    M: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
+def block_diagonals(x, PRECISION: tl.constexpr, TURNED: tl.constexpr = False):
+    """[M, N] -> [64, SLOTS]: the 8 x 8 blocks of each block diagonal, added up; SLOTS >= M/8 + N/8 - 1.
+
+    TURNED: the same of the tile's transpose [N, M].
+    """
+    M: tl.constexpr = x.shape[1] if TURNED else x.shape[0]
+    N: tl.constexpr = x.shape[0] if TURNED else x.shape[1]
     SLOTS: tl.constexpr = 16 if M + N <= 136 else 32
-    blocks = x.reshape(M // 8, 8, N // 8, 8).permute(1, 3, 0, 2).reshape(64, (M // 8) * (N // 8))
-    return tl.dot(blocks, onehot(M, N, SLOTS, x.dtype), input_precision=PRECISION)
+    if TURNED:
+        blocks = x.reshape(N // 8, 8, M // 8, 8).permute(3, 1, 0, 2).reshape(64, (M // 8) * (N // 8))
+    else:
+        blocks = x.reshape(M // 8, 8, N // 8, 8).permute(1, 3, 0, 2).reshape(64, (M // 8) * (N // 8))
+    return tl.dot(blocks, onehot(M, N, SLOTS, x.dtype, TURNED), input_precision=PRECISION)
 
 
 @triton.jit
@@ -42,27 +53,24 @@ def slot_pointers(base, m0, n0, zero, M: tl.constexpr, N: tl.constexpr, SLOTS: t
 
 
 @triton.jit
-def add_diagonals(dl, rule, m0, n0, h, PRECISION: tl.constexpr):
-    """Add the diagonal sums of one tile of logit gradients to the head's block diagonals, by vector reductions.
-
-    Where n0 - m0 need not be a multiple of 8, there are eight copies, `grad_copy` apart: copy r of the tiles that stand
-    r beyond one, so its entry for offset x - r belongs to x.
-    """
-    M: tl.constexpr = dl.shape[0]
-    N: tl.constexpr = dl.shape[1]
+def add_diagonals(dl, rule, m0, n0, h, PRECISION: tl.constexpr, TURNED: tl.constexpr = False):
+    """Add the diagonal sums of one tile of logit gradients to those of the head, j - i = x at rule.zero + x."""
+    M: tl.constexpr = dl.shape[1] if TURNED else dl.shape[0]
+    N: tl.constexpr = dl.shape[0] if TURNED else dl.shape[1]
     SLOTS: tl.constexpr = 16 if M + N <= 136 else 32
-    g = block_diagonals(dl, PRECISION)
-    base = rule.grad + h.to(tl.int64) * rule.grad_stride
-    if rule.grad_copy is not None:
-        base += ((-m0) & 7).to(tl.int64) * rule.grad_copy
-    pointers, used = slot_pointers(base, m0, n0, rule.grad_zero, M, N, SLOTS)
-    tl.atomic_add(pointers, g, mask=used, sem="relaxed")
+    g = block_diagonals(dl, PRECISION, TURNED)
+    entry = tl.arange(0, 64)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    # One number moves with the tile; the rest is the same for every tile and leaves the loop.
+    corner = rule.grad + h.to(tl.int64) * rule.grad_stride + (rule.zero + (n0 - m0) - (M - 8)).to(tl.int64)
+    x = slot * 8 + (entry % 8 - entry // 8)
+    tl.atomic_add(corner + x, g, mask=(slot < M // 8 + N // 8 - 1) & (entry >= 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["zero", "lowest", "length"])
 def fold_diagonals(
     BLOCKS, TABLE, blocks_stride, table_stride, copy_stride, zero, lowest, length,
-    COPIES: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+    COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -70,8 +78,6 @@ def fold_diagonals(
     total = tl.zeros([BLOCK, 8], tl.float32)
     for copy in tl.static_range(COPIES):
         x = lowest + t
-        if SHIFTED:
-            x -= copy
         q = (p[None, :] + (x[:, None] & 7)) & 7
         row = zero + ((x[:, None] + p[None, :] - q) >> 3)
         pointers = BLOCKS + h * blocks_stride + row.to(tl.int64) * 64 + p[None, :] * 8 + q
@@ -90,10 +96,10 @@ def room(behind: int, ahead: int, packed: bool) -> tuple[int, int]:
     return zero + triton.cdiv(ahead, 128) * 16 + over + 1, zero
 
 
-def fold(sums: Tensor, table: Tensor, zero: int, behind: int, shifted: bool) -> None:
+def fold(sums: Tensor, table: Tensor, zero: int, behind: int) -> None:
     """table [H, behind + ahead - 1] = for every offset from 1 - behind up, its sum over the copies, in one order."""
     copies, heads = sums.shape[:2]
     fold_diagonals[(triton.cdiv(table.shape[1], 128), heads)](
         sums, table, sums.stride(1), table.stride(0), sums.stride(0), zero, 1 - behind, table.shape[1],
-        COPIES=copies, SHIFTED=shifted, BLOCK=128,
+        COPIES=copies, BLOCK=128,
     )  # fmt: skip

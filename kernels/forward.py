@@ -25,7 +25,7 @@ def attend_forward(
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m0, h, b, kv, q0, k0, lq, lk, d, row, bh, _ = rows_of_program(CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_M)
+    m0, h, b, kv, q0, k0, lq, lk, d, row, _, bh, _ = rows_of_program(CU_Q, CU_K, count, Lq, Lk, H, GROUP, BLOCK_M)
     if CU_Q is not None:  # noqa: SIM102 - known when compiled; the other only when run
         if m0 < 0:
             return
@@ -41,7 +41,7 @@ def attend_forward(
         w0, w1 = row_words(SEED, b, h, q0, k0, i)
     # A rule that leaves the scores alone leaves the scale to the exponent, where it is part of a multiply-add.
     hidden = HIDDEN
-    if rule.unscaled is not None:
+    if rule.unscaled is not None or rule.lift is not None:
         hidden = HIDDEN / scale
     running_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -60,6 +60,8 @@ def attend_forward(
         C = rule.cols(rule, h, j[None, :], n0, p0)
         if SOFTCAP:
             s = rule.score(capped(s, scale), softcap, S, R, C, j[None, :], first, last, rule)
+        elif rule.lift is not None:
+            s, lift = rule.lift(s, scale, S, R, C, j[None, :], first, last, rule)
         elif rule.unscaled is None:
             s = rule.score(s, scale, S, R, C, j[None, :], first, last, rule)
         if PAD is not None:
@@ -68,7 +70,10 @@ def attend_forward(
         if (first < low) | (last > high) | (n0 + BLOCK_N > lk):
             x = j[None, :] - at[:, None]
             s = tl.where((x >= low) & (x <= high) & (j[None, :] < lk), s, hidden)
-        if rule.unscaled is None:
+        if rule.lift is not None:
+            new_max = tl.maximum(running_max, tl.max(s, 1) * scale + lift)
+            p = tl.math.exp2(s * scale - (new_max - lift)[:, None])
+        elif rule.unscaled is None:
             new_max = tl.maximum(running_max, tl.max(s, 1))
             p = tl.math.exp2(s - new_max[:, None])
         else:

@@ -19,17 +19,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward_cols import attend_backward_cols
+from .backward_cols import attend_backward_cols, turn_rows
 from .backward_diagonals import attend_backward_diagonals
 from .backward_rows import attend_backward_rows
+from .descriptors import Columns, Forward
 from .diagonals import fold, room
 from .forward import attend_forward
 from .near import near, turned
-from .problem import Problem, rows_contiguous, strides
+from .problem import Problem, on, padded, rows_contiguous, strides
 from .relative import RelativeGradient
 from .scaled import LEAST_ROWS, ScaledGradient, add_up, room_for_sums
-from .schedules import Schedules
-from .toeplitz import ToeplitzGradient
+from .tile import HIDDEN
+from .toeplitz import ToeplitzGradient, ToeplitzTurned
+
+TURNED = 64  # rows of a tile of dQ that is transposed
+
+
+def in_blocks(rows: int) -> int:
+    """So many that no tile reaches beyond."""
+    return -(-rows // 128) * 128
+
+
+def kept_rows(p: Problem) -> tuple[Tensor, Tensor, int]:
+    """Room for lse in base 2 and delta of all rows (sequences.py), and how many places a head has.
+
+    Behind the last row of a sequence stands what makes p zero.
+    """
+    packed = p.sequences is not None
+    places = (p.batch * p.queries // 128 + p.count + 1) * 128 if packed else in_blocks(p.queries)
+    count = p.heads * places if packed else p.batch * p.heads * places
+    if places == p.queries:
+        lse2, delta = (torch.empty(count, dtype=torch.float32, device=p.q.device) for _ in range(2))
+    else:
+        lse2 = torch.full((count,), -HIDDEN.value, dtype=torch.float32, device=p.q.device)
+        delta = torch.zeros_like(lse2)
+    return lse2, delta, places
 
 
 def forward(
@@ -51,7 +75,7 @@ def forward(
         p.launch(
             "forward", attend_forward, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, LSE=lse, SINKS=sinks, NEAR=needed,
             rule=p.rule, scale=p.scale2, **strides(q=p.q, k=p.k, v=p.v, o=out),
-            other=Schedules(p, out, lse, sinks, needed, slopes),
+            other=Forward(p, out, lse, sinks, needed, slopes),
         )  # fmt: skip
         p.clear(out)
         p.clear(lse, values=lse.new_full((p.heads,), -math.inf) if sinks is None else sinks)
@@ -79,7 +103,7 @@ def backward(
     dk, dv = (torch.empty_like(x) if need_kv else x.new_empty(0) for x in (k, v))
     # Of a table, or of the line that all heads share: by head first.
     need_drelative, need_table = need_table and relative is not None, need_table and relative is None
-    dtable = lse.new_zeros(p.heads, max(p.behind + p.ahead - 1, 0)) if need_table else q.new_empty(0)
+    dtable = lse.new_empty(p.heads, max(p.behind + p.ahead - 1, 0)) if need_table else q.new_empty(0)
     drelative = torch.zeros_like(relative) if need_drelative else q.new_empty(0)
     if lse.numel() == 0 or p.keys == 0:
         made = [dq, dk, dv, dtable]
@@ -92,67 +116,83 @@ def backward(
 
     do, out = rows_contiguous(grad_out), rows_contiguous(out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse2, delta, kept_h = kept_rows(p)
     words = None if p.seed is None else torch.empty(*lse.shape, 2, dtype=torch.int32, device=q.device)
     blocks, zero = room(p.behind, p.ahead, sequences is not None)
-    sums = tails = dfactor = dpieces = None
-    # In fixed order tiles of any offset fall on multiples of their size; otherwise only where sequences do.
-    shifted = sequences is not None and not p.aligned and not deterministic
+    sums = target = tails = dfactor = dpieces = None
     # Each program has a place of its own, whatever its tile is: so the sum over programs has one order.
     groups, places = p.groups(p.heads), p.tiles(p.queries, 16)
     if need_table:
-        copies = 8 if shifted else 2 if deterministic else 1
-        sums = torch.zeros(copies, p.heads, blocks, 64, dtype=torch.float32, device=q.device)
+        if deterministic:
+            sums = torch.zeros(2, p.heads, blocks, 64, dtype=torch.float32, device=q.device)
+        else:
+            target = torch.zeros(p.heads, p.rule.base.shape[-1], dtype=torch.float32, device=q.device)
         if scaled is not None:
             places = p.tiles(p.queries, LEAST_ROWS.value)
             dfactor, dpieces = room_for_sums(p.rule, lse, groups, places)
         elif support is not None and tails_need_grad:
             tails = torch.zeros(groups, places, 2, dtype=torch.float32, device=q.device)
     rule, direction = p.rule, "rows"
-    target = None if deterministic else sums
-    where = target, blocks * 64, zero, sums.stride(0) if need_table and shifted else None
+    where = target, p.rule.base.shape[-1] if need_table else 0
     if dfactor is not None:
         rule, direction = ScaledGradient(*rule[:7], *where, dfactor, dpieces, places), "sums"
     elif tails is not None or target is not None:
-        rule = ToeplitzGradient(*rule[:6], *where, tails, places)
+        rule = ToeplitzGradient(*rule[:6], *where, tails, places, lift=rule.lift)
     elif need_drelative:
         # Its rows are contiguous, as those of `relative` need not be.
         target = drelative if rows_contiguous(drelative) is drelative else torch.zeros(relative.shape).to(drelative)
         rule = RelativeGradient(*rule[:6], target, *target.stride()[:3])
     loop = need_q or rule is not p.rule
+    dqt = None
+    if need_q and need_kv and not deterministic and tails is None and p.in_one_pass():
+        dqt = lse.new_zeros(p.batch * p.heads * padded(p.head_dim) * in_blocks(p.queries))
+        rule, loop = p.rule, False
     needed = near(p, table, slopes, symmetric, lse) if skip else None
 
     def reset() -> None:
-        for made in (sums, tails, dfactor, dpieces):
+        for made in (target, tails, dfactor, dpieces):
             if made is not None:
                 made.zero_()
 
-    passes = [(direction, rule, need_q, loop)]
+    passes = [(direction, rule, need_q and loop, loop)]
     if direction == "sums" and need_q and p.width * q.element_size() > 256:
         # The function's sums and dQ do not fit in registers together.
         passes = [("rows", p.rule, True, True), (direction, rule, False, True)]
     for direction, rule, with_q, loop in passes:
         p.launch(
             direction, attend_backward_rows, p.row_programs, Q=p.q, K=p.k, V=p.v, OUT=out, DO=do, LSE=lse,
-            DLSE=grad_lse, LSE2=lse2, DELTA=delta, DQ=dq if with_q else None, WORDS=words, rule=rule, scale=scale,
-            scale2=p.scale2, LOOP=loop, **strides(q=p.q, k=p.k, v=p.v, o=out, do=do, dq=dq if with_q else p.q),
-            NEAR=needed, reset=reset,
+            DLSE=grad_lse, LSE2=lse2, DELTA=delta, kept_h=kept_h, DQ=dq if with_q else None, WORDS=words, rule=rule,
+            scale=scale, scale2=p.scale2, LOOP=loop, NEAR=needed, reset=reset,
+            **strides(q=p.q, k=p.k, v=p.v, o=out, do=do, dq=dq if with_q else p.q),
         )  # fmt: skip
     if need_kv:
+        with_table = dqt is not None and target is not None
+        needed = None if needed is None else turned(p, needed)
+        other = Columns(p, do, lse2, delta, kept_h, dk, dv, needed, slopes, scale)
         p.launch(
-            "cols", attend_backward_cols, p.key_programs, Q=p.q, K=p.k, V=p.v, DO=do, LSE2=lse2, DELTA=delta, DK=dk,
-            DV_OUT=dv, WORDS=words, rule=p.rule, scale=scale, scale2=p.scale2,
-            NEAR=None if needed is None else turned(p, needed), **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
+            "cols" if dqt is None else "once", attend_backward_cols, p.key_programs, Q=p.q, K=p.k, V=p.v, DO=do,
+            LSE2=lse2, DELTA=delta, kept_h=kept_h, DK=dk, DV_OUT=dv, DQT=dqt, t_l=in_blocks(p.queries), WORDS=words,
+            rule=ToeplitzTurned(*p.rule[:6], *where, lift=p.rule.lift) if with_table else p.rule, scale=scale,
+            scale2=p.scale2, NEAR=needed, other=other if dqt is None else None,
+            **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
         )  # fmt: skip
+    if dqt is not None:
+        with on(q):
+            turn_rows[(-(-p.queries // TURNED) * p.batch * p.heads,)](
+                dqt, dq, scale, p.queries, p.heads, in_blocks(p.queries), *dq.stride()[:3], D=p.head_dim,
+                HEAD_DIM=padded(p.head_dim), BLOCK=TURNED,
+            )  # fmt: skip
     if need_table:
         if deterministic:
             p.launch(
                 "diagonals", attend_backward_diagonals, p.tile_diagonals, Q=p.q, K=p.k, V=p.v, DO=do, LSE2=lse2,
-                DELTA=delta, BLOCKS=sums, WORDS=words, rule=p.rule, scale2=p.scale2, B=p.batch, max_q=p.ahead,
-                max_k=p.behind, g_copy=sums.stride(0), g_h=sums.stride(1), g_zero=zero,
+                DELTA=delta, kept_h=kept_h, BLOCKS=sums, WORDS=words, rule=p.rule, scale2=p.scale2, B=p.batch,
+                max_q=p.ahead, max_k=p.behind, g_copy=sums.stride(0), g_h=sums.stride(1), g_zero=zero,
                 **strides(q=p.q, k=p.k, v=p.v, do=do),
             )  # fmt: skip
-        fold(sums, dtable, zero, p.behind, shifted)
+            fold(sums, dtable, zero, p.behind)
+        else:
+            dtable = target[:, p.rule.zero + 1 - p.behind :][:, : dtable.shape[1]].contiguous()
         if tails is not None:
             ends = tails.view(-1, p.heads, places, 2).sum((0, 2))
             dtable[:, 0] += ends[:, 0]

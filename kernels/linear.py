@@ -40,6 +40,7 @@ class Linear(NamedTuple):
     slope: Any
     shift: Any
     unscaled: Any = None
+    lift: Any = None
     setup: Any = no_setup
     row_term: Any = minus_slope_rows
     rows: Any = nothing
@@ -55,6 +56,7 @@ class Distance(NamedTuple):
     slope: Any
     shift: Any
     unscaled: Any = None
+    lift: Any = None
     setup: Any = no_setup
     row_term: Any = no_row_term
     rows: Any = minus_slope_rows

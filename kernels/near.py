@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import configs
 from .problem import Problem, on, padded, strides
-from .tile import ASM_LOADS, DEAD, LOG2E, load_columns, load_rows
+from .tile import DEAD, LOG2E, load_columns, load_rows, uniform
 
 ROWS = tl.constexpr(64)  # of a program
 GROUP = tl.constexpr(16)  # rows that have one range: fewer than any kernel's tile
@@ -114,17 +114,6 @@ def near_keys(
     exists = m0 // GROUP + group < groups
     tl.store(pair, tl.min(start.reshape(ROWS // GROUP, GROUP), 1), mask=exists)
     tl.store(pair + 1, tl.max(stop.reshape(ROWS // GROUP, GROUP), 1), mask=exists)
-
-
-@triton.jit
-def uniform(x):
-    """x, which all threads hold: said so that addresses made of it need no registers of every thread."""
-    if ASM_LOADS:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return x
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from typing import Any
 
@@ -16,9 +15,12 @@ from .dropout import constants
 from .linear import Distance, Linear
 from .relative import Relative
 from .rule import Plain
+from .scaled import Scaled
 from .scaled import prepare as prepare_scaled
 from .sequences import clear_behind, fold_rows
-from .toeplitz import OPEN, prepare
+from .toeplitz import OPEN, lift_table, prepare
+
+LEAST_SCALE = 1e-6  # by which a bias may be divided
 
 
 class Problem:
@@ -49,10 +51,6 @@ class Problem:
         self.behind, self.ahead = self.queries, self.keys
         if sequences is not None:
             self.behind, self.ahead = sequences.max_k, sequences.max_q
-            # One tensor for both: queries and keys of a sequence are then equally many.
-            self.aligned = sequences.cu_q is sequences.cu_k or (
-                sequences.cu_q.data_ptr() == sequences.cu_k.data_ptr() != 0
-            )
         self.seed, (self.threshold, self.kept) = None, (0, 1.0)
         if dropout is not None and dropout.p > 0:
             self.seed, (self.threshold, self.kept) = dropout.seed, constants(dropout.p)
@@ -61,6 +59,8 @@ class Problem:
             self.rule = prepare_scaled(*scaled, self.behind, first, shift, sequences is not None)
         elif table is not None:
             self.rule = prepare(table, support, self.behind, shift, sequences is not None, self.low, self.high)
+            if support is not None and not softcap and self.scale2 > LEAST_SCALE:
+                self.rule = self.rule._replace(lift=lift_table)
         elif relative is not None:
             relative = rows_contiguous(relative)
             self.rule = Relative(relative, *relative.stride()[:3], relative.shape[3], shift)
@@ -79,9 +79,7 @@ class Problem:
 
         def run(config: configs.Config) -> None:
             if config.schedule != "plain":
-                chip, bits = configs.arch(self.q.device), self.q.element_size() * 8
-                plain = configs.pick(chip, direction, bits, self.width, rule)
-                return other.run(config, functools.partial(run, plain))
+                return other.run(config, lambda: run(configs.shipped(direction, self.q, self.width, rule)))
             configs.ran[direction] = config
             blocks = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
             if direction == "diagonals":
@@ -121,6 +119,11 @@ class Problem:
     @property
     def count(self) -> int:
         return 0 if self.sequences is None else len(self.sequences.cu_q) - 1
+
+    def in_one_pass(self) -> bool:
+        """dQ can be added up beside dK and dV, and POSATTN_BACKWARD=once asks for it."""
+        apart = self.softcap or self.sequences is not None or isinstance(self.rule, (Scaled, Relative))
+        return not apart and configs.one_pass(self.q, self.width)
 
     def row_programs(self, config: configs.Config) -> int:
         return self.tiles(self.queries, config.block_m) * self.groups(self.heads)

@@ -89,6 +89,7 @@ class Relative(NamedTuple):
     shift: Any
     grad: Any = None
     unscaled: Any = None
+    lift: Any = None
     setup: Any = band_of_head
     row_term: Any = no_row_term
     rows: Any = band_rows
@@ -114,6 +115,7 @@ class RelativeGradient(NamedTuple):
     grad_h: Any
     grad_l: Any
     unscaled: Any = None
+    lift: Any = None
     setup: Any = band_of_head
     row_term: Any = no_row_term
     rows: Any = band_rows

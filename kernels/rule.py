@@ -26,6 +26,8 @@ where a program owns queries, [1, BLOCK_M] and [BLOCK_N, 1] where it owns keys (
 that one function serves every kernel.
 `first` and `last` are the smallest and largest j - i of the tile, scalars, for rules that do less on some tiles.
 `origin` is where the program's own tile starts: differences are taken from it, so that fp32 holds them exactly.
+A rule may have `lift` instead of None, called like `score`, for scales above 0: raw scores -> raw scores and one number
+in base 2 for the whole tile, logit = score * scale + lift. Then a constant costs nothing per score.
 `start`, `table` and `finish` are called by one kernel only (backward_rows.py), `along` by backward_diagonals.py. Hooks
 read tiles of memory through `load_scattered` only. A rule that leaves its scores alone sets `unscaled`: the scale then
 joins the exponent for free.
@@ -85,6 +87,7 @@ class Plain(NamedTuple):
     """No bias: logits are the scaled scores."""
 
     unscaled: Any = 1
+    lift: Any = None
     setup: Any = no_setup
     row_term: Any = no_row_term
     rows: Any = nothing

@@ -28,7 +28,7 @@ from .diagonals import add_diagonals
 from .knots import HINGE, STEP, over_knots
 from .rule import no_finish, no_row_term, no_start, no_table, nothing
 from .tile import LOG2E, load_scattered
-from .toeplitz import ROOM, minus_rows, pad_table
+from .toeplitz import OPEN, ROOM, minus_rows, pad_table
 
 FAR = tl.constexpr(2.0e38)  # in base 2 still finite
 # Rows of a program of the backward by rows are at least these: it has its own place among the partial sums.
@@ -166,6 +166,7 @@ class Scaled(NamedTuple):
     split: Any
     span: Any = None
     unscaled: Any = None
+    lift: Any = None
     setup: Any = load_knots
     row_term: Any = no_row_term
     rows: Any = line_and_factor
@@ -189,13 +190,12 @@ class ScaledGradient(NamedTuple):
     split: Any
     grad: Any
     grad_stride: Any
-    grad_zero: Any
-    grad_copy: Any
     dfactor: Any
     dpieces: Any
     programs_stride: Any
     span: Any = None
     unscaled: Any = None
+    lift: Any = None
     setup: Any = load_knots
     row_term: Any = no_row_term
     rows: Any = line_and_factor
@@ -240,7 +240,7 @@ def prepare(
     over = MOST_ROWS if packed else -len(rows) % MOST_ROWS
     factor = torch.nn.functional.pad(rows[None], (front, over), mode="replicate")[0, front + first :]
     pad_table[(triton.cdiv(stride, 1024), 1)](
-        line, base, 0, line.stride(0), stride, length, zero, 1 - behind, BLOCK=1024
+        line, base, 0, line.stride(0), stride, length, zero, 1 - behind, -OPEN, OPEN, BLOCK=1024
     )
     pack_pieces[(heads,)](knots.contiguous(), pieces.contiguous(), joined, len(knots), SEGMENTS=2 * units)
     return Scaled(base, zero, factor, joined, -shift, tl.constexpr(units), 1 if packed else None)

@@ -37,6 +37,18 @@ def load_scattered(pointers):
 
 
 @triton.jit
+def uniform(x):
+    """A number that was loaded, and that all threads have: the compiler does not see that, and keeps each address made
+    of it in registers of every thread, unless it comes from one of them."""
+    if ASM_LOADS:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
 def load_rows(
     base, first, stride, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     SIGNED: tl.constexpr = False,
@@ -95,6 +107,16 @@ def load_lse(LSE, DLSE, delta, row, i, length):
         delta -= tl.load(DLSE + row + i, mask=i < length, other=0.0)
     dead = lse <= DEAD
     return tl.where(dead, -HIDDEN, lse * LOG2E), tl.where(dead, 0.0, delta)
+
+
+@triton.jit
+def load_kept(LSE2, DELTA, row, i):
+    """What backward_rows.py kept of rows row + i, for products of which they are columns.
+
+    Behind the last row of a sequence stands what makes p zero. A plain load of such vectors may be copied ahead one
+    number at a time (Triton 3.6: 40 % more instructions a tile).
+    """
+    return load_scattered(LSE2 + row + i), load_scattered(DELTA + row + i)
 
 
 @triton.jit

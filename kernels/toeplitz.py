@@ -1,12 +1,15 @@
 """Rule: a bias that depends on j - i only, read from a table.  l = s + T[h, j - i];  dl/dT[h, x] sums along diagonals.
 
-`base` is fp32 [H, stride] in base 2 with T[h, x] at zero + x, and ROOM on both sides: no tile is bounds-checked.
+`base` is fp32 [H, stride] in base 2 with T[h, x] at zero + x, and ROOM on both sides: no tile is bounds-checked. It
+is HIDDEN where j - i = x is not visible.
 `split` is 1 or None, see `minus_rows`.
 `span`, if given, is int32 [2, H] in terms of j - i: outside [span[0, h], span[1, h]] the table is constant on either
-side, and a tile that lies there adds one number (a head's first two entries hold both) and touches no table.
+side, and a tile that lies there adds one number (a head's first two entries hold both) and touches no table. With
+`lift` (rule.py), that number goes to the rows' maxima or sums, and the tile costs what one without a bias does.
 
-The gradient goes to `grad`, fp32 [H, block diagonals, 64] (diagonals.py). What a constant tail receives is summed by
-rows and kept in `tails`, fp32 [heads, tails_stride, 2], if given: entries of a tail have one cause, so one sum.
+The gradient goes to `grad`, fp32 [H, grad_stride], at the same places as the table's entries (diagonals.py). What a
+constant tail receives is summed by rows and kept in `tails`, fp32 [heads, tails_stride, 2], if given: entries of a tail
+have one cause, so one sum.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from .tile import HIDDEN, LOG2E, load_scattered
 
 # Tiles reach over the edges of the matrix by less than 128 on either side, or by less than 64 at two edges.
 ROOM = 144
+OPEN = 2**30  # beyond any j - i
 
 
 @triton.jit
@@ -68,6 +72,15 @@ def add_table(s, scale, S, R, C, j, first, last, rule):
 
 
 @triton.jit
+def lift_table(s, scale, S, R, C, j, first, last, rule):
+    lift = tl.where(last < S[0], S[2], S[3])
+    if (last >= S[0]) & (first <= S[1]):
+        s += load_scattered(R + j.to(tl.int64)) * (1.0 / scale)
+        lift = 0.0
+    return s, lift
+
+
+@triton.jit
 def tails_start(rule, BLOCK_M: tl.constexpr):
     if rule.tails is None:
         return ()
@@ -103,6 +116,17 @@ def table_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.
 
 
 @triton.jit
+def turned_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.constexpr):
+    """Of tiles [BLOCK_N, BLOCK_M]."""
+    if rule.span is None:
+        add_diagonals(dl, rule, m0, n0, h, PRECISION, True)
+    else:
+        if (last >= S[0]) & (first <= S[1]):
+            add_diagonals(dl, rule, m0, n0, h, PRECISION, True)
+    return T
+
+
+@triton.jit
 def tails_finish(T, S, R, rule, head, n, row, length):
     if rule.tails is not None:
         pair = rule.tails + (head.to(tl.int64) * rule.tails_stride + n) * 2
@@ -120,6 +144,7 @@ class Toeplitz(NamedTuple):
     heads: Any
     split: Any
     unscaled: Any = None
+    lift: Any = None
     setup: Any = load_span
     row_term: Any = no_row_term
     rows: Any = table_rows
@@ -142,11 +167,10 @@ class ToeplitzGradient(NamedTuple):
     split: Any
     grad: Any
     grad_stride: Any
-    grad_zero: Any
-    grad_copy: Any
     tails: Any
     tails_stride: Any
     unscaled: Any = None
+    lift: Any = None
     setup: Any = load_span
     row_term: Any = no_row_term
     rows: Any = table_rows
@@ -158,26 +182,59 @@ class ToeplitzGradient(NamedTuple):
     along: Any = all_along
 
 
-@triton.jit(do_not_specialize=["length", "zero", "lowest"])
-def pad_table(TABLE, BASE, table_h, table_x, stride, length, zero, lowest, BLOCK: tl.constexpr):
-    """BASE[h, zero + x] = TABLE[h, x - lowest] in base 2, the ends repeated; both ends once more in front."""
+class ToeplitzTurned(NamedTuple):
+    """Logits, and the table's gradient where tiles of scores are transposed and tails owe nothing."""
+
+    base: Any
+    stride: Any
+    zero: Any
+    span: Any
+    heads: Any
+    split: Any
+    grad: Any
+    grad_stride: Any
+    unscaled: Any = None
+    lift: Any = None
+    setup: Any = load_span
+    row_term: Any = no_row_term
+    rows: Any = table_rows
+    cols: Any = nothing
+    score: Any = add_table
+    start: Any = no_start
+    table: Any = turned_gradient
+    finish: Any = no_finish
+    along: Any = all_along
+
+
+@triton.jit(do_not_specialize=["length", "zero", "lowest", "low", "high"])
+def pad_table(TABLE, BASE, table_h, table_x, stride, length, zero, lowest, low, high, BLOCK: tl.constexpr):
+    """BASE[h, zero + x] = TABLE[h, x - lowest] in base 2, the ends repeated; both ends once more in front.
+
+    HIDDEN where x < low or x > high.
+    """
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.minimum(tl.maximum(t - zero - lowest, 0), length - 1)
     x = tl.where(t == 0, 0, tl.where(t == 1, length - 1, x))
     value = tl.load(TABLE + h * table_h + x.to(tl.int64) * table_x, mask=t < stride, other=0.0)
-    tl.store(BASE + h * stride + t, tl.maximum(value * LOG2E, HIDDEN), mask=t < stride)
+    seen = ((t - zero >= low) & (t - zero <= high)) | (t < 2)
+    tl.store(BASE + h * stride + t, tl.where(seen, tl.maximum(value * LOG2E, HIDDEN), HIDDEN), mask=t < stride)
 
 
-def prepare(table: Tensor, support: Tensor | None, behind: int, shift: int, split: bool) -> Toeplitz:
-    """The rule of a table [H, behind + ahead - 1] of j - i from 1 - behind up; support is in terms of j - i + shift."""
+def prepare(
+    table: Tensor, support: Tensor | None, behind: int, shift: int, split: bool, low: int = -OPEN, high: int = OPEN
+) -> Toeplitz:
+    """The rule of a table [H, behind + ahead - 1] of j - i from 1 - behind up; support is in terms of j - i + shift.
+
+    What no query sees, below low and above high, is HIDDEN in the copy: a kernel that reads it needs no other mask.
+    """
     heads, length = table.shape
     # Multiples of 16 throughout: Triton compiles one kernel for them, and so one for all lengths.
     zero = (behind - 1 + ROOM + 15) // 16 * 16
     stride = (zero + length - behind + ROOM + 16) // 16 * 16
     base = torch.empty(heads, stride, dtype=torch.float32, device=table.device)
     pad_table[(triton.cdiv(stride, 1024), heads)](
-        table, base, *table.stride(), stride, length, zero, 1 - behind, BLOCK=1024
+        table, base, *table.stride(), stride, length, zero, 1 - behind, low, high, BLOCK=1024
     )
     span = None if support is None else (support - shift).to(torch.int32).contiguous()
     return Toeplitz(base, stride, zero, span, heads, 1 if split else None)

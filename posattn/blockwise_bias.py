@@ -56,7 +56,8 @@ class BlockBias:
             margin = self.margin
             self.rule = Rule(sequences.max_k + margin, sequences.max_q + margin, 0, left, right)
             table = None if table is None else F.pad(table, (margin, margin), value=INVISIBLE)
-        self.by_offset = (table is not None or slopes is not None) and scaled is relative is sequences is None
+        others = any(part is not None for part in (scaled, relative, sequences))
+        self.by_offset = (table is not None or slopes is not None) and not others
         self.line = make_line(self.rule, table, slopes, symmetric, q, self.dtype)
         if scaled is not None:
             self.scaled = self._by_row(scaled)

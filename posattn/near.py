@@ -1,39 +1,41 @@
 r"""Which keys matter to which queries: with a bias that decays, those near enough.
 
-A pair is negligible where a bound of its weight is: with s_ij = scale q_i . k_j + b(o), o the offset of key j from
-query i, and Z_i = sum_j exp(s_ij) over the visible keys (and the sink),
+Of query i and the key at the offset o let s = scale q . k + b(o), and Z_i the sum of exp(s) over the visible keys (and
+the sink). A key is left out where it and all keys beyond it are negligible, which a bound says:
 
-    U_i  = |scale| |q_i| max_j |k_j|                so that  s_ij <= U_i + b(o)                     (Cauchy-Schwarz)
-    E(o) = max of b over o and all offsets on the same side of 0 that are farther away,  so that    b(o) <= E(o)
-    L_i  <= log Z_i: in forward the logsumexp of some visible keys (the nearest; the sink), in backward that of all
+    E(o) < L_i - U_i - (BITS + ceil(log2 Lk)) ln 2
 
-and a key is left out where it and all keys beyond it are negligible:  E(o) < L_i - U_i - (BITS + ceil(log2 Lk)) ln 2.
+    U_i = |scale| |q_i| max_j |k_j|      so that s <= U_i + b(o)                                      (Cauchy-Schwarz)
+    E(o) = the largest b at o or farther from 0 on that side: b(o) <= E(o), and E is monotone
+    L_i <= log Z_i: in forward the logsumexp of the visible among the nearest keys (and the sink), in backward lse_i
 
-Why this is exact to rounding.  Each pair left out has p_ij = exp(s_ij) / Z_i <= exp(U_i + E(o) - L_i) < 2^-BITS / Lk,
-and a row has at most Lk of them: what a row lacks of its Z_i is w_i < 2^-BITS.  With 26 bits in single precision that is
-a quarter of a unit roundoff 2^-24 (and 2^-55 beside 2^-53 in double precision), so
+Why this is exact to rounding. A pair that is left out has p = exp(s) / Z_i <= exp(U_i + E(o) - L_i) < 2^-BITS / Lk, and
+a row has at most Lk of them: the part w_i of a row that is left out is below 2^-BITS. In float32 that is 2^-26, a
+quarter of the unit roundoff; in float64 2^-55. So lse_i falls by -log(1 - w_i) < 2^-BITS (1 + 2^-BITS), and because
+out_i is (1 - w_i) times an average of the values kept and w_i times one of those left out,
 
-    lse:  falls by -log(1 - w_i) < 2^-BITS (1 + 2^-BITS)
-    out_i = (1 - w_i) kept_i + w_i left_i, averages of values:  |out_i - kept_i| <= 2 w_i max|v| < 2^(1-BITS) max_j |v_j|
+    |change of out_i| <= 2 w_i max_j |v_j| < 2^(1 - BITS) max_j |v_j|            (1 / (1 - dropout_p) times as much)
 
-(with dropout times 1 / (1 - p), as the values themselves).  In backward p_ij < 2^-BITS / Lk, and for the logits
-dS_ij = p_ij (g_i . v_j - delta_i) with delta_i = g_i . out_i - glse_i, so |dS_ij| < 2^-BITS / Lk (2 |g_i| max|v| + |glse_i|)
-=: 2^-BITS / Lk G_i.  Leaving pairs out changes, beside what the small changes of out and lse above make of the others,
+In backward, with the gradients g_i of out_i and l_i of lse_i, the logit of such a pair has the gradient
+p (g_i . v_j - g_i . out_i + l_i), below 2^-BITS / Lk G_i with G_i = 2 |g_i| max|v| + |l_i|. What is left out of
 
-    dV_j by less than 2^-BITS mean_i |g_i| Lq / Lk      dK_j by less than 2^-BITS |scale| mean_i (G_i |q_i|) Lq / Lk
-    dQ_i by less than 2^-BITS |scale| G_i max|k|        the bias at an offset by 2^-BITS / Lk times the sum of G_i over rows
+    dV_j        is below 2^-BITS / Lk times the sum of |g_i| over the rows
+    dK_j        is below 2^-BITS / Lk |scale| times the sum of G_i |q_i|
+    dQ_i        is below 2^-BITS |scale| G_i max|k|
+    the bias's  is at each offset below 2^-BITS / Lk times the sum of G_i
 
-These are absolute bounds: a key whose whole weight is negligible gets a gradient of exactly 0.
+These bounds are absolute: a key or an offset that nobody gives weight gets a gradient of exactly 0.
 
-Rounding.  With u the unit roundoff, a norm is off by a factor of 1 + (D/2 + 2) u, a product of D terms by
-(D + 2) u |q| |k|, the sums and the logsumexp of n <= 32 numbers by less than (n + 8) u of the largest magnitude in them,
-|b| <= |L_i| + U_i.  In all that is below (2 D + 32) u (U_i + |L_i| + margin), margin being (BITS + ...) ln 2 > 18: this much is
-taken off the threshold.  A square that underflows lacks sqrt(tiny) at most, which is added to each element of the
-norm.  (Products in less precision than the tensors', TF32, are off by more, here and in all other scores alike.)
+Rounding. With the unit roundoff u, a norm is off by a factor 1 + (D / 2 + 2) u, a product of D terms by
+(D + 2) u |q| |k|, sums and a logsumexp of n <= 32 numbers by (n + 8) u of the largest of them, and |b| <= |L_i| + U_i.
+The threshold is lowered by (2 D + 32) u (U_i + |L_i| + margin), margin = (BITS + ceil(log2 Lk)) ln 2 > 18, which is
+more than all of them. Squares that underflow take at most sqrt(D tiny) from a norm, which is added. (Products in less
+precision than that of the tensors, as TF32, are off by more: here, and in every score.)
 
-What is not a number is never left out: a NaN or inf in q or k makes U_i or the threshold NaN or inf, and a comparison
-must say "less" for a key to go.  The same holds for the bias: NaN counts as +inf.  A row without a visible key near
-it has L_i = -inf and keeps all.  Hidden offsets (window, -inf in a table) have b = -1e30, and only help.
+What is not a number is kept: with NaN or inf in q or k the threshold is NaN or -inf and nothing is below it; a NaN of
+the bias counts as inf. Of v and the gradients nothing is asked: a NaN among values left out does not reach the row.
+A row that sees none of the keys near it has L_i = -inf, and keeps all. What a window or -inf in a table hides is at
+-1e30 and helps.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .strips import DEAD, INVISIBLE, Rule
+from .strips import INVISIBLE, Rule
 
 ROWS = 16  # of a group: its rows share the bound, and the range of keys
 NEAR = 16  # keys beside those of the group itself, from which the lower bound of the logsumexp is
@@ -78,7 +80,7 @@ def needed_keys(
     (B, Lk) bool; sinks (Hq,); lse (B, Hq, Lq) of forward, in backward. O(B Hq (Lq + Lk)) memory; waits for nothing.
     Keys that are not visible may be in a range.
     """
-    dtype, (batch, heads, length, dim) = line.dtype, q.shape
+    dtype, (_, heads, length, dim) = line.dtype, q.shape
     key_length, groups = k.shape[2], -(-length // ROWS)
     margin = (BITS[dtype] + math.ceil(math.log2(key_length))) * math.log(2)
     if line.shape[0] != heads:
@@ -97,7 +99,6 @@ def needed_keys(
         lower = lse[:, :, rows]
     if sinks is not None:
         lower = torch.maximum(lower, sinks.to(dtype)[:, None, None])
-    lower = lower.masked_fill(lower <= DEAD, -math.inf)
     upper = upper[:, :, rows]
     slack = (dim + 16) * torch.finfo(dtype).eps
     least = (lower - upper - margin - slack * (upper + lower.abs() + margin)).amin(-1)  # NaN stays

@@ -120,8 +120,12 @@ class NearBlocks:
         for is_whole, run in groupby(range(self.key_heads), key=lambda h: whole[h]):
             heads = list(run)
             if is_whole:
-                for block in blocks(self.rule, part, len(heads), group, rows, least, scratch):
-                    yield _moved(block, heads[0], heads[0] * group)
+                # Of several entries, some of the heads could not be flattened.
+                together = len(heads) == self.key_heads or len(heads) == 1
+                for entries in [part.batch] if together else [range(b, b + 1) for b in part.batch]:
+                    some = part._replace(batch=entries)
+                    for block in blocks(self.rule, some, len(heads), group, rows, least, scratch):
+                        yield _moved(block, heads[0], heads[0] * group)
                 continue
             for head in range(heads[0] * group, (heads[-1] + 1) * group):
                 if not short[head]:

@@ -116,6 +116,46 @@ def test_gradient_of_a_table_stays_cheap(report, rule, without, kind, limit):
         assert gradient[width] <= limit * base[width], f"head dim {width}: {gradient[width]} against {base[width]}"
 
 
+def schedules(report):
+    """(row, schedule) of the rows beside the plain ones."""
+    named = ("specialised", "persistent", "descriptors")
+    return [(row, row["schedule"]) for row in report["rows"] if row.get("schedule") in named and "error" not in row]
+
+
+def test_every_schedule_is_in_the_report(report):
+    made = {(row["direction"], schedule, row["width"]) for row, schedule in schedules(report)}
+    wanted = {("forward", "specialised", width) for width in (64, 128, 256)}
+    wanted |= {("cols", "specialised", width) for width in (64, 128)}
+    assert made >= wanted | {("forward", "persistent", 128), ("forward", "descriptors", 64)}
+
+
+def test_warps_are_specialised(report):
+    """One group of them copies, two multiply, and nothing of the bias goes through shared memory."""
+    faults = []
+    for row, schedule in schedules(report):
+        wanted = (True, 12, 8) if schedule != "descriptors" else (False, row["num_warps"], row["num_warps"])
+        if (row["specialised"], row["warps"], row["computing"]) != wanted:
+            faults.append(f"{name(row)}: {row['warps']} warps, {row['computing']} of them compute")
+        if not row["products"].get("HGMMA") or row["staged"]:
+            faults.append(f"{name(row)}: {row['products']}, {row['staged']} copies past the descriptors")
+    refuse(faults)
+
+
+def test_other_schedules_cost_fewer_instructions(report):
+    """Than the plain kernel with a table at the same head dim; that tiles are skipped is not in the loop."""
+    costs = {
+        (row["direction"], row["width"], row["rule"]): row["per_score"]
+        for row in report["rows"]
+        if (row["chip"], row["bits"]) == ("sm_90", 16) and "error" not in row
+    }
+    for row, schedule in schedules(report):
+        direction, width, rule = row["direction"], row["width"], row["rule"]
+        if rule.startswith("Toeplitz"):
+            assert row["per_score"] < costs[direction, width, "Toeplitz"], name(row)
+        if "+skip" in rule:
+            assert row["per_score"] <= 1.03 * costs[direction, width, f"Toeplitz+{schedule}"], name(row)
+
+
 def test_paths_do_not_grow(report):
     """Against tests/aot_budget.json, which knows each Triton by major.minor; one it does not know only warns."""
     from bench.kernels import budget_entry, budget_key

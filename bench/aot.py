@@ -74,6 +74,7 @@ RULES: dict[str, dict[str, bool]] = {
     "Gradient+dropout": {"table": True, "dropout": True, "gradient": True},
     "Gradient+sequences": {"table": True, "sequences": True, "gradient": True},
     # Schedules beside the plain one (kernels/descriptors.py); causal, as "no bias" is, with a table of zeros.
+    "Toeplitz+skip": {"table": True, "skip": True},
     "Toeplitz+specialised": {"table": True, "past_only": True, "specialised": True},
     "Toeplitz+skip+specialised": {"table": True, "past_only": True, "skip": True, "specialised": True},
     "Plain+specialised": {"specialised": True},
@@ -89,7 +90,7 @@ GRADIENT = ("Gradient", "Gradient+span", "Gradient+span+tails")
 LOGITS = ("Plain", "Linear", "Distance", "Scaled", *TOEPLITZ)
 # direction -> the rules it can meet; of these the one that spills first on most chips; and the last with a softcap
 DIRECTIONS = {"forward": LOGITS, "rows": (*LOGITS, *GRADIENT), "sums": ("Scaled+gradient",), "cols": LOGITS,
-              "diagonals": ("Scaled", *TOEPLITZ)}
+              "diagonals": ("Scaled", *TOEPLITZ), "once": ("Plain", "Linear", "Gradient", "Gradient+span")}
 HEAVIEST = {
     "forward": "Toeplitz+span",
     "rows": "Gradient+span+tails",
@@ -97,7 +98,7 @@ HEAVIEST = {
     "cols": "Toeplitz+span",
     "diagonals": "Toeplitz+span",
 }
-SOFTCAP = {direction: f"{rules[-1]}+softcap" for direction, rules in DIRECTIONS.items()}
+SOFTCAP = {direction: f"{rules[-1]}+softcap" for direction, rules in DIRECTIONS.items() if direction != "once"}
 # schedule -> its rules; of these the first so many are compiled by default, where configs.OTHERS has a row
 SCHEDULES = {
     "specialised": ("Toeplitz+specialised", "Toeplitz+skip+specialised", "Plain+specialised"),
@@ -111,9 +112,9 @@ FEW = {
 }  # fmt: skip
 # What only sm_90 in 16 bits compiles by default, for head dims up to 128: other calls of the same kernels.
 CALLS = {
-    "forward": ("Relative", "Plain+dropout", "Toeplitz+sequences"),
+    "forward": ("Relative", "Plain+dropout", "Toeplitz+sequences", "Toeplitz+skip"),
     "rows": ("Relative+gradient", "Toeplitz+dropout", "Gradient+sequences"),
-    "cols": ("Relative", "Toeplitz+dropout", "Toeplitz+sequences"),
+    "cols": ("Relative", "Toeplitz+dropout", "Toeplitz+sequences", "Toeplitz+skip"),
 }
 BATCH, HEADS, LENGTH, KNOTS, WIDTH, SEQUENCES = 2, 16, 4096, 32, 256, 40
 DTYPES = {16: torch.bfloat16, 32: torch.float32}

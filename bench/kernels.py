@@ -38,7 +38,7 @@ def jobs(chips: list[str] | None, everything: bool) -> list[tuple[Any, ...]]:
         rules = DIRECTIONS[direction]
         calls = CALLS.get(direction, ())
         if everything:
-            rules += (SOFTCAP[direction], *calls)
+            rules += (*([SOFTCAP[direction]] if direction in SOFTCAP else []), *calls)
         elif (chip, bits) != ("sm_90", 16):
             rules = (HEAVIEST[direction],)
         elif width <= 128:

@@ -48,7 +48,6 @@ def attend_backward_cols(
         h = kv * GROUP + member
         q_base = Q + b * q_b + h.to(tl.int64) * q_h + q0 * q_l
         do_base = DO + b * do_b + h.to(tl.int64) * do_h + q0 * do_l
-        row = (b * H + h) * Lq + q0
         kept_row = there + h.to(tl.int64) * kept_h
         S = rule.setup(rule, b, h, q0 - d, lq + d)
         C = rule.cols(rule, h, j[:, None], n0, n0)
@@ -93,7 +92,7 @@ def attend_backward_cols(
             if SEED is None:
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             else:
-                w0, w1 = load_words(WORDS, row, i, lq)
+                w0, w1 = load_words(WORDS, kept_row, i)
                 x = draw(w0[None, :], w1[None, :], j[:, None])
                 dv = tl.dot(choose(p, 0.0, x, threshold).to(do.dtype), do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)

@@ -73,7 +73,6 @@ def attend_backward_diagonals(
                 b = (query // Lq).to(tl.int64)
                 q0, k0, d = query - b * Lq, key - b * Lk, lk - lq
                 kept_row = h.to(tl.int64) * kept_h + kept_place(query, part)
-            row = (b * H + h) * Lq + q0
             start = tl.maximum(-(c * BLOCK + d), 0) // BLOCK * BLOCK
             stop = tl.minimum(lq, lk - d - c * BLOCK)
             for m0 in tl.range(start, stop, BLOCK):
@@ -106,7 +105,7 @@ def attend_backward_diagonals(
                 v_base = V + b * v_b + kv * v_h + k0 * v_l
                 dp = row_products(do_base, v_base, m0, n0, do_l, v_l, lq, lk, BLOCK, VALUE_DIM, DV, PRECISION, PACKED)
                 if SEED is not None:
-                    w0, w1 = load_words(WORDS, row, i, lq)
+                    w0, w1 = load_words(WORDS, kept_row, i)
                     x = draw(w0[:, None], w1[:, None], j[None, :])
                     dp = tl.where(stays(x, threshold), dp * kept, 0.0)
                 total += rule.along(p * (dp - delta[:, None]), S, R, j[None, :], first, last, rule)

@@ -39,7 +39,7 @@ def attend_backward_rows(
     tl.store(DELTA + there + i, delta, mask=i < lq)
     if SEED is not None:
         w0, w1 = row_words(SEED, b, h, q0, k0, i)
-        store_words(WORDS, row, i, lq, w0, w1)
+        store_words(WORDS, there, i, lq, w0, w1)
     if LOOP:
         at = i + d
         p0 = m0 + d

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import ASM_LOADS
+from .tile import ASM_LOADS, load_scattered
 
 
 @triton.jit
@@ -26,17 +26,18 @@ def row_words(SEED, b, h, q0, k0, i):
 
 @triton.jit
 def store_words(WORDS, row, i, length, w0, w1):
-    """WORDS is int32 [B, H, Lq, 2]."""
+    """WORDS has two places beside each of lse's (sequences.py), fp32 that hold these bits."""
     pair = WORDS + 2 * (row + i)
-    tl.store(pair, w0.to(tl.int32, bitcast=True), mask=i < length)
-    tl.store(pair + 1, w1.to(tl.int32, bitcast=True), mask=i < length)
+    tl.store(pair, w0.to(tl.float32, bitcast=True), mask=i < length)
+    tl.store(pair + 1, w1.to(tl.float32, bitcast=True), mask=i < length)
 
 
 @triton.jit
-def load_words(WORDS, row, i, length):
+def load_words(WORDS, row, i):
+    """Anything behind the last row of a sequence."""
     pair = WORDS + 2 * (row + i)
-    w0 = tl.load(pair, mask=i < length, other=0).to(tl.uint32, bitcast=True)
-    return w0, tl.load(pair + 1, mask=i < length, other=0).to(tl.uint32, bitcast=True)
+    w0 = load_scattered(pair).to(tl.uint32, bitcast=True)
+    return w0, load_scattered(pair + 1).to(tl.uint32, bitcast=True)
 
 
 @triton.jit

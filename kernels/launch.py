@@ -117,7 +117,7 @@ def backward(
     do, out = rows_contiguous(grad_out), rows_contiguous(out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     lse2, delta, kept_h = kept_rows(p)
-    words = None if p.seed is None else torch.empty(*lse.shape, 2, dtype=torch.int32, device=q.device)
+    words = None if p.seed is None else lse2.new_empty(2 * len(lse2))
     blocks, zero = room(p.behind, p.ahead, sequences is not None)
     sums = target = tails = dfactor = dpieces = None
     # Each program has a place of its own, whatever its tile is: so the sum over programs has one order.

@@ -27,13 +27,18 @@ def slope_cols(rule, h, j, n0, origin):
 
 
 @triton.jit
+def sign_of_slope(rule, b, h, row, end):
+    return (tl.where(tl.load(rule.slope + h) < 0, -1.0, 1.0),)
+
+
+@triton.jit
 def add_columns(s, scale, S, R, C, j, first, last, rule):
     return s * scale + C
 
 
 @triton.jit
 def subtract_distance(s, scale, S, R, C, j, first, last, rule):
-    return s * scale - tl.abs(C + R)
+    return s * scale - tl.abs(C + R) * S[0]
 
 
 class Linear(NamedTuple):
@@ -57,7 +62,7 @@ class Distance(NamedTuple):
     shift: Any
     unscaled: Any = None
     lift: Any = None
-    setup: Any = no_setup
+    setup: Any = sign_of_slope
     row_term: Any = no_row_term
     rows: Any = minus_slope_rows
     cols: Any = slope_cols

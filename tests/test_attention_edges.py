@@ -175,3 +175,16 @@ def test_a_query_that_is_no_number_shows(backend, way):
         bad[1, 1, 1] = True  # its heads are mixed
     assert torch.equal(lse.isnan(), bad)
     assert torch.equal(out.isnan(), bad[..., None].expand_as(out))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_learned_slopes_that_became_negative(backend):
+    """Without gradient slopes are not made into a table: both forms, one-sided and symmetric, of either sign."""
+    query, key, value = torch.randn(3, 1, 2, 40, 16)
+    for symmetric in (True, False):
+        bias = posattn.ALiBi(2, learnable=True, symmetric=symmetric)
+        with torch.no_grad():
+            bias.slope.copy_(torch.tensor([0.3, -0.2]))
+            out = by(backend, attention, query, key, value, bias)
+            right = attention_reference(query, key, value, bias)
+        torch.testing.assert_close(out, right, atol=2e-5, rtol=2e-5)

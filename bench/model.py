@@ -258,10 +258,8 @@ def of_the_call(kernels: Kernels, kind: str, width: int, length: int, tokens: in
 
 def extra_bytes(head_dim: int, length: int = 32768, batch: int = 1, heads: int = 0) -> tuple[float, float]:
     """(bytes, their part of q, k, v, o, lse and gradients) of training with a table: buffers of backward alone."""
-    from posattn.kernels.diagonals import room
-
     heads = heads or 2048 // head_dim
     rows = batch * heads * length
-    sums = heads * room(length, length, False)[0] * 64 * 4
-    extra = 2 * 4 * rows + sums + 2 * 4 * heads * (2 * length - 1)  # lse in base 2, delta; table and its gradient
+    # Causal: lse in base 2 and delta; the table padded, and what its gradient is added up in, of what is visible.
+    extra = 2 * 4 * rows + 2 * 4 * heads * length
     return extra, extra / (rows * (8 * head_dim * 2 + 4))

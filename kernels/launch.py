@@ -30,7 +30,7 @@ from .problem import Problem, on, padded, rows_contiguous, strides
 from .relative import RelativeGradient
 from .scaled import LEAST_ROWS, ScaledGradient, add_up, room_for_sums
 from .tile import HIDDEN
-from .toeplitz import ToeplitzGradient, ToeplitzTurned
+from .toeplitz import ToeplitzGradient, ToeplitzTurned, seen_offsets
 
 TURNED = 64  # rows of a tile of dQ that is transposed
 
@@ -192,7 +192,9 @@ def backward(
             )  # fmt: skip
             fold(sums, dtable, zero, p.behind)
         else:
-            dtable = target[:, p.rule.zero + 1 - p.behind :][:, : dtable.shape[1]].contiguous()
+            first, last = seen_offsets(p.behind, dtable.shape[1], p.low, p.high)
+            place = slice(first + p.behind - 1, last + p.behind)
+            dtable.zero_()[:, place] = target[:, p.rule.zero + first : p.rule.zero + last + 1]
         if tails is not None:
             ends = tails.view(-1, p.heads, places, 2).sum((0, 2))
             dtable[:, 0] += ends[:, 0]

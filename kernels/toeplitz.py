@@ -1,7 +1,7 @@
 """Rule: a bias that depends on j - i only, read from a table.  l = s + T[h, j - i];  dl/dT[h, x] sums along diagonals.
 
-`base` is fp32 [H, stride] in base 2 with T[h, x] at zero + x, and ROOM on both sides: no tile is bounds-checked. It
-is HIDDEN where j - i = x is not visible.
+`base` is fp32 [H, stride] in base 2 with T[h, x] at zero + x for what is visible, and ROOM on both sides, HIDDEN: no
+tile is bounds-checked.
 `split` is 1 or None, see `minus_rows`.
 `span`, if given, is int32 [2, H] in terms of j - i: outside [span[0, h], span[1, h]] the table is constant on either
 side, and a tile that lies there adds one number (a head's first two entries hold both) and touches no table. With
@@ -25,8 +25,8 @@ from .diagonals import add_diagonals
 from .rule import all_along, no_finish, no_row_term, no_start, no_table, nothing
 from .tile import HIDDEN, LOG2E, load_scattered
 
-# Tiles reach over the edges of the matrix by less than 128 on either side, or by less than 64 at two edges.
-ROOM = 144
+# A tile that holds a visible pair reaches beyond what is visible by less than its rows and columns together.
+ROOM = 256
 OPEN = 2**30  # beyond any j - i
 
 
@@ -221,6 +221,12 @@ def pad_table(TABLE, BASE, table_h, table_x, stride, length, zero, lowest, low, 
     tl.store(BASE + h * stride + t, tl.where(seen, tl.maximum(value * LOG2E, HIDDEN), HIDDEN), mask=t < stride)
 
 
+def seen_offsets(behind: int, length: int, low: int, high: int) -> tuple[int, int]:
+    """The first and the last j - i that is visible, of a table from 1 - behind up; only they have room in a copy."""
+    first = min(max(1 - behind, low), length - behind)
+    return first, max(first, min(length - behind, high))
+
+
 def prepare(
     table: Tensor, support: Tensor | None, behind: int, shift: int, split: bool, low: int = -OPEN, high: int = OPEN
 ) -> Toeplitz:
@@ -229,9 +235,10 @@ def prepare(
     What no query sees, below low and above high, is HIDDEN in the copy: a kernel that reads it needs no other mask.
     """
     heads, length = table.shape
+    first, last = seen_offsets(behind, length, low, high)
     # Multiples of 16 throughout: Triton compiles one kernel for them, and so one for all lengths.
-    zero = (behind - 1 + ROOM + 15) // 16 * 16
-    stride = (zero + length - behind + ROOM + 16) // 16 * 16
+    zero = (ROOM - first + 15) // 16 * 16
+    stride = (zero + last + ROOM + 16) // 16 * 16
     base = torch.empty(heads, stride, dtype=torch.float32, device=table.device)
     pad_table[(triton.cdiv(stride, 1024), heads)](
         table, base, *table.stride(), stride, length, zero, 1 - behind, low, high, BLOCK=1024

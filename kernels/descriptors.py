@@ -81,7 +81,7 @@ class Forward(Described):
     def serves(self, config: configs.Config) -> bool:
         p = self.p
         # Keys from Lk on are read as zeros: no row that exists may see them.
-        if p.high > p.keys - p.queries and p.keys % config.block_n:
+        if (p.high > p.keys - p.queries or not self.has_table()) and p.keys % config.block_n:
             return False
         return self.takes(p.q, p.k, p.v, self.outputs[0]) and rows_of(p.q) is not None
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from .dropout import choose, draw, row_words
 from .near import narrowed
 from .sequences import rows_of_program
-from .tile import HIDDEN, LN2, LOG2E, capped, load_columns, load_rows, saw, store_rows
+from .tile import HIDDEN, LN2, LOG2E, START, capped, load_columns, load_rows, saw, store_rows
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "softcap", "count", "threshold", "kept"])
@@ -43,7 +43,7 @@ def attend_forward(
     hidden = HIDDEN
     if rule.unscaled is not None or rule.lift is not None:
         hidden = HIDDEN / scale
-    running_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    running_max = tl.full([BLOCK_M], START, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_DIM], tl.float32)
 
@@ -71,8 +71,10 @@ def attend_forward(
             x = j[None, :] - at[:, None]
             s = tl.where((x >= low) & (x <= high) & (j[None, :] < lk), s, hidden)
         if rule.lift is not None:
-            new_max = tl.maximum(running_max, tl.max(s, 1) * scale + lift)
-            p = tl.math.exp2(s * scale - (new_max - lift)[:, None])
+            top = tl.max(s, 1) * scale
+            new_max = tl.maximum(running_max, top + lift)
+            # Not below top, which is lost in the sum where a lift is as good as -inf.
+            p = tl.math.exp2(s * scale - tl.maximum(new_max - lift, top)[:, None])
         elif rule.unscaled is None:
             new_max = tl.maximum(running_max, tl.max(s, 1))
             p = tl.math.exp2(s - new_max[:, None])

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .near import narrowed
-from .tile import HIDDEN, LN2, LOG2E, saw, store_rows
+from .tile import LN2, LOG2E, START, saw, store_rows
 
 NUMBERS = ["Lq", "Lk", "low", "high", "B", "H", "GROUP", "tiles", "q_rows"]
 NUMBERS += ["q_b", "q_h", "q_c", "q_l"] + [f"{x}_{axis}" for x in "kvo" for axis in "bhl"]
@@ -41,7 +41,7 @@ def attend_rows(
     q = q_rows.load([b * q_b + h * q_h + m0, h * q_c])
     S = rule.setup(rule, b, h, 0, Lq)
     R = rule.rows(rule, h, i[:, None], m0, m0)
-    running_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    running_max = tl.full([BLOCK_M], START, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     start = tl.maximum(m0 + low, 0) // BLOCK_N * BLOCK_N

@@ -26,7 +26,7 @@ from .descriptors import Columns, Forward
 from .diagonals import fold, room
 from .forward import attend_forward
 from .near import near, turned
-from .problem import Problem, on, padded, rows_contiguous, strides
+from .problem import Problem, on_its_gpu, padded, rows_contiguous, strides
 from .relative import RelativeGradient
 from .scaled import LEAST_ROWS, ScaledGradient, add_up, room_for_sums
 from .tile import HIDDEN
@@ -56,6 +56,7 @@ def kept_rows(p: Problem) -> tuple[Tensor, Tensor, int]:
     return lse2, delta, places
 
 
+@on_its_gpu
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, table: Tensor | None, support: Tensor | None, slopes: Tensor | None,
     key_mask: Tensor | None, scale: float, softcap: float, shift: int, left: int, right: int, symmetric: bool,
@@ -82,6 +83,7 @@ def forward(
     return out, lse
 
 
+@on_its_gpu
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
     table: Tensor | None, support: Tensor | None, slopes: Tensor | None, key_mask: Tensor | None, scale: float,
@@ -150,7 +152,7 @@ def backward(
     needed = near(p, table, slopes, symmetric, lse) if skip else None
 
     def reset() -> None:
-        for made in (target, tails, dfactor, dpieces):
+        for made in (target, tails, dfactor, dpieces, dqt):
             if made is not None:
                 made.zero_()
 
@@ -173,15 +175,14 @@ def backward(
             "cols" if dqt is None else "once", attend_backward_cols, p.key_programs, Q=p.q, K=p.k, V=p.v, DO=do,
             LSE2=lse2, DELTA=delta, kept_h=kept_h, DK=dk, DV_OUT=dv, DQT=dqt, t_l=in_blocks(p.queries), WORDS=words,
             rule=ToeplitzTurned(*p.rule[:6], *where, lift=p.rule.lift) if with_table else p.rule, scale=scale,
-            scale2=p.scale2, NEAR=needed, other=other if dqt is None else None,
+            scale2=p.scale2, NEAR=needed, other=other if dqt is None else None, reset=reset,
             **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
         )  # fmt: skip
     if dqt is not None:
-        with on(q):
-            turn_rows[(-(-p.queries // TURNED) * p.batch * p.heads,)](
-                dqt, dq, scale, p.queries, p.heads, in_blocks(p.queries), *dq.stride()[:3], D=p.head_dim,
-                HEAD_DIM=padded(p.head_dim), BLOCK=TURNED,
-            )  # fmt: skip
+        turn_rows[(-(-p.queries // TURNED) * p.batch * p.heads,)](
+            dqt, dq, scale, p.queries, p.heads, in_blocks(p.queries), *dq.stride()[:3], D=p.head_dim,
+            HEAD_DIM=padded(p.head_dim), BLOCK=TURNED,
+        )  # fmt: skip
     if need_table:
         if deterministic:
             p.launch(

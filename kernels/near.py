@@ -15,9 +15,9 @@ what it would add to dV, dK, dQ and the bias's gradient). The key that L_i is fr
 at most U_i + E, and not below L_i - log2 Lk.
 
 Rounding: a score is off by at most 2^-9 U_i, even from tf32 products that cut operands off; the bound, L_i and the
-forward pass each have such an error, and U_i is raised by 2^-7 of itself. Squares that underflow are less than TINY^2
-together. A comparison with NaN is false, and false keeps a pair; maxima of norms carry NaN and inf, so beside such a
-key nothing is left out.
+forward pass each have such an error, and U_i is raised by 2^-7 of itself. Biases are off by less than 2^-20 |L_i|.
+Squares that underflow are less than TINY^2 together. A comparison with NaN is false, and false keeps a pair; maxima of
+norms carry NaN and inf, so beside such a key nothing is left out.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .problem import Problem, on, padded, strides
+from .problem import Problem, padded, strides
 from .tile import DEAD, LOG2E, load_columns, load_rows, uniform
 
 ROWS = tl.constexpr(64)  # of a program
-GROUP = tl.constexpr(16)  # rows that have one range: fewer than any kernel's tile
+SHARED = tl.constexpr(16)  # rows that have one range: fewer than any kernel's tile
 BITS = 26
 SLACK = tl.constexpr(1 + 2**-7)
 TINY = tl.constexpr(2.0**-58)
+ROUNDED = tl.constexpr(2.0**-20)
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "low", "high", "H", "shift", "behind", "width", "steps", "bits"])
 def near_keys(
     Q, K, LSE, PAD, NORMS, LEFT, RIGHT, NEAR, rule, scale, bits, Lq, Lk, low, high, shift, behind, width, steps,
-    H, GROUPED, q_b, q_h, q_l, k_b, k_h, k_l, p_b,
+    H, GROUP, q_b, q_h, q_l, k_b, k_h, k_l, p_b,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """NEAR[b, h, g] = first key and last key + 1 that rows 16 g .. 16 g + 15 need.
@@ -55,12 +56,12 @@ def near_keys(
     m0 = tl.program_id(0) % blocks * ROWS
     h = bh % H
     b = (bh // H).to(tl.int64)
-    kv = (h // GROUPED).to(tl.int64)
+    kv = (h // GROUP).to(tl.int64)
     i = m0 + tl.arange(0, ROWS)
     q = load_rows(Q + b * q_b + h.to(tl.int64) * q_h, m0, q_l, Lq, ROWS, HEAD_DIM, D)
     squares = q.to(tl.float32)
     norm = tl.sqrt(tl.sum(squares * squares, 1))
-    keys = tl.load(NORMS + b * (H // GROUPED) + kv)
+    keys = tl.load(NORMS + b * (H // GROUP) + kv)
     most = (norm + TINY) * (keys + TINY) * tl.abs(scale) * SLACK  # U
     if LSE is not None:
         least = tl.load(LSE + bh.to(tl.int64) * Lq + i, mask=i < Lq, other=0.0) * LOG2E
@@ -82,7 +83,7 @@ def near_keys(
             seen = seen & (keep[None, :] != 0)
         least = tl.max(tl.where(seen, s, -float("inf")), 1)
         least = tl.where(least <= DEAD, -float("inf"), least + rule.row_term(rule, h, i, m0, m0))
-    bound = least - bits - most
+    bound = least - bits - most - tl.abs(least) * ROUNDED
     start = tl.zeros([ROWS], tl.int32)
     stop = start + Lk
     if LEFT is not None:
@@ -108,19 +109,19 @@ def near_keys(
     # Rows that do not exist need nothing.
     start = tl.where(i < Lq, start, Lk)
     stop = tl.where(i < Lq, stop, 0)
-    group = tl.arange(0, ROWS // GROUP)
-    groups = tl.cdiv(Lq, GROUP)
-    pair = NEAR + (bh.to(tl.int64) * groups + m0 // GROUP + group) * 2
-    exists = m0 // GROUP + group < groups
-    tl.store(pair, tl.min(start.reshape(ROWS // GROUP, GROUP), 1), mask=exists)
-    tl.store(pair + 1, tl.max(stop.reshape(ROWS // GROUP, GROUP), 1), mask=exists)
+    group = tl.arange(0, ROWS // SHARED)
+    groups = tl.cdiv(Lq, SHARED)
+    pair = NEAR + (bh.to(tl.int64) * groups + m0 // SHARED + group) * 2
+    exists = m0 // SHARED + group < groups
+    tl.store(pair, tl.min(start.reshape(ROWS // SHARED, SHARED), 1), mask=exists)
+    tl.store(pair + 1, tl.max(stop.reshape(ROWS // SHARED, SHARED), 1), mask=exists)
 
 
 @triton.jit
 def narrowed(NEAR, bh, x0, length, start, stop, BLOCK: tl.constexpr):
     """Of the keys start .. stop those that rows x0 .. x0 + BLOCK - 1 of `length` need; or the same of rows and keys."""
-    group = x0 // GROUP + tl.arange(0, BLOCK // GROUP)
-    groups = tl.cdiv(length, GROUP)
+    group = x0 // SHARED + tl.arange(0, BLOCK // SHARED)
+    groups = tl.cdiv(length, SHARED)
     pair = NEAR + (bh.to(tl.int64) * groups + group) * 2
     first = tl.min(tl.load(pair, mask=group < groups, other=2147483647), 0)
     last = tl.max(tl.load(pair + 1, mask=group < groups, other=0), 0)
@@ -130,8 +131,8 @@ def narrowed(NEAR, bh, x0, length, start, stop, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["Lq", "Lk"])
 def near_rows(NEAR, BACK, Lq, Lk, CHUNK: tl.constexpr):
     """BACK[b, h, g] = the first row and the last + 1 that need one of the keys 16 g .. 16 g + 15."""
-    keys = tl.cdiv(Lk, GROUP)
-    rows = tl.cdiv(Lq, GROUP)
+    keys = tl.cdiv(Lk, SHARED)
+    rows = tl.cdiv(Lq, SHARED)
     blocks = tl.cdiv(keys, 8)
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     key = tl.program_id(0) % blocks * 8 + tl.arange(0, 8)
@@ -142,19 +143,19 @@ def near_rows(NEAR, BACK, Lq, Lk, CHUNK: tl.constexpr):
         pair = NEAR + (bh * rows + row) * 2
         start = tl.load(pair, mask=row < rows, other=2147483647)
         stop = tl.load(pair + 1, mask=row < rows, other=0)
-        needs = (start[None, :] < (key * GROUP + GROUP)[:, None]) & (stop[None, :] > (key * GROUP)[:, None])
+        needs = (start[None, :] < (key * SHARED + SHARED)[:, None]) & (stop[None, :] > (key * SHARED)[:, None])
         first = tl.minimum(first, tl.min(tl.where(needs, row[None, :], rows), 1))
         last = tl.maximum(last, tl.max(tl.where(needs, row[None, :] + 1, 0), 1))
     pair = BACK + (bh * keys + key) * 2
-    tl.store(pair, first * GROUP, mask=key < keys)
-    tl.store(pair + 1, last * GROUP, mask=key < keys)
+    tl.store(pair, first * SHARED, mask=key < keys)
+    tl.store(pair + 1, last * SHARED, mask=key < keys)
 
 
 def near(
     p: Problem, table: Tensor | None, slopes: Tensor | None, symmetric: bool, lse: Tensor | None = None
 ) -> Tensor | None:
     """int32 [B, Hq, groups of rows, 2], or None where nothing can be told: the first key, and the last + 1."""
-    if p.softcap or p.sequences is not None or (table is None and slopes is None):
+    if p.softcap or p.sequences is not None or p.keys == 0 or (table is None and slopes is None):
         return None
     width = p.queries + p.keys - 1
     if table is None:
@@ -167,24 +168,22 @@ def near(
     else:
         left = table.cummax(1).values
         right = table.flip(1).cummax(1).values.flip(1)
-    made = torch.empty(p.batch, p.heads, triton.cdiv(p.queries, GROUP.value), 2, dtype=torch.int32, device=p.q.device)
+    made = torch.empty(p.batch, p.heads, triton.cdiv(p.queries, SHARED.value), 2, dtype=torch.int32, device=p.q.device)
     norms = torch.linalg.vector_norm(p.k, dim=-1, dtype=torch.float32).amax(-1)
-    with on(p.q):
-        near_keys[(triton.cdiv(p.queries, ROWS.value) * p.batch * p.heads,)](
-            p.q, p.k, lse, p.mask, norms,
-            left.contiguous() if p.low < -p.shift else None, right.contiguous() if p.high > -p.shift else None,
-            made, p.rule, p.scale2, float(BITS + math.ceil(math.log2(p.keys))), p.queries, p.keys, p.low, p.high,
-            p.shift, p.queries, width, width.bit_length(), p.heads, p.group, **strides(q=p.q, k=p.k),
-            p_b=p.mask_stride, HEAD_DIM=padded(p.head_dim), D=p.head_dim,
-            PRECISION=configs.dot_precision(p.q, configs.Config(0, 0, 4, 1)), num_warps=4, num_stages=1,
-        )  # fmt: skip
+    near_keys[(triton.cdiv(p.queries, ROWS.value) * p.batch * p.heads,)](
+        p.q, p.k, lse, p.mask, norms,
+        left.contiguous() if p.low < -p.shift else None, right.contiguous() if p.high > -p.shift else None,
+        made, p.rule, p.scale2, float(BITS + math.ceil(math.log2(p.keys))), p.queries, p.keys, p.low, p.high,
+        p.shift, p.queries, width, width.bit_length(), p.heads, p.group, **strides(q=p.q, k=p.k),
+        p_b=p.mask_stride, HEAD_DIM=padded(p.head_dim), D=p.head_dim,
+        PRECISION=configs.dot_precision(p.q, configs.Config(0, 0, 4, 1)), num_warps=4, num_stages=1,
+    )  # fmt: skip
     return made
 
 
 def turned(p: Problem, near: Tensor) -> Tensor:
     """int32 [B, Hq, groups of keys, 2]: the first row, and the last + 1, that need one of the keys."""
-    keys = triton.cdiv(p.keys, GROUP.value)
+    keys = triton.cdiv(p.keys, SHARED.value)
     made = near.new_empty(*near.shape[:2], keys, 2)
-    with on(p.q):
-        near_rows[(triton.cdiv(keys, 8) * p.batch * p.heads,)](near, made, p.queries, p.keys, CHUNK=256, num_warps=4)
+    near_rows[(triton.cdiv(keys, 8) * p.batch * p.heads,)](near, made, p.queries, p.keys, CHUNK=256, num_warps=4)
     return made

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -171,6 +173,17 @@ class Problem:
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch on the GPU that x lives on; the interpreter's tensors have none."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def on_its_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """All launches of a function on the GPU of its first argument."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *rest: Any, **more: Any) -> Any:
+        with on(first):
+            return function(first, *rest, **more)
+
+    return run
 
 
 def padded(d: int) -> int:

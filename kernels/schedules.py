@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,6 +34,7 @@ from .problem import Problem, on
 
 # kind of call -> why the other schedule is not used; "" where it is
 _verdicts: dict[tuple[Any, ...], str] = {}
+_judging = threading.Lock()  # one at a time: stderr is the whole process's
 
 
 def verdicts() -> list[dict[str, Any]]:
@@ -79,9 +81,14 @@ class Schedules:
             self.launch(config, *self.outputs)
             return None
         plain()  # the caller's result, whatever comes of the rest
-        why = None if capturing() else self.judge(config)
-        if why is not None:
-            _verdicts[kind] = why
+        if capturing():
+            return None
+        with _judging:
+            if kind in _verdicts:  # by another thread, meanwhile
+                return None
+            why = self.judge(config)
+            if why is not None:
+                _verdicts[kind] = why
         if why:
             message = f"attention's {self.direction} keeps its plain schedule, {config.schedule!r} is not used: {why}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -17,6 +17,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HIDDEN = tl.constexpr(-1.0e30)
 DEAD = tl.constexpr(-1.0e29)
+# Where a running maximum starts: above what is hidden, however a multiply-add rounds that, so that its p is 0.
+START = tl.constexpr(-0.99e30)
 # Inline PTX exists neither in the interpreter nor on AMD; there a plain load gives the same values.
 ASM_LOADS = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 

@@ -218,7 +218,8 @@ def pad_table(TABLE, BASE, table_h, table_x, stride, length, zero, lowest, low, 
     x = tl.where(t == 0, 0, tl.where(t == 1, length - 1, x))
     value = tl.load(TABLE + h * table_h + x.to(tl.int64) * table_x, mask=t < stride, other=0.0)
     seen = ((t - zero >= low) & (t - zero <= high)) | (t < 2)
-    tl.store(BASE + h * stride + t, tl.where(seen, tl.maximum(value * LOG2E, HIDDEN), HIDDEN), mask=t < stride)
+    value = tl.maximum(value * LOG2E, HIDDEN, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(BASE + h * stride + t, tl.where(seen, value, HIDDEN), mask=t < stride)
 
 
 def seen_offsets(behind: int, length: int, low: int, high: int) -> tuple[int, int]:

@@ -74,10 +74,10 @@ def attention(
         return_lse: also return lse.
         skip_negligible: True: keys so far away that the bias leaves them no weight are not computed, forward and
             backward, which is exact to rounding: all that is left out for a query has together less than 2^-26 of
-            its weights' sum (2^-55 in float64), by a bound from the norms of query and keys (near.py). False:
-            everything is computed. None: True where it should pay, for a bias that decays (`posattn.ALiBi`) over
-            2048 keys or more. A softcap, relative_logits, document_ids, `posattn.FIRE` and `posattn.DAPE` leave
-            out nothing.
+            its weights' sum (2^-55 in float64), by a bound from the norms of query and keys (near.py). It depends
+            on all keys, and so may the last bit of a result. False: everything is computed. None: True where it
+            should pay, for a bias that decays (`posattn.ALiBi`) over 2048 keys or more. A softcap, relative_logits,
+            document_ids, `posattn.FIRE` and `posattn.DAPE` leave out nothing.
         backend: "triton" (float16, bfloat16, and float32 with head dims to 128; on a GPU with compute capability
             8.0 or newer), "blockwise" (plain PyTorch, every dtype and device), or None: "triton" where it serves, else
             "blockwise". An explicit backend is taken or refused, never replaced.

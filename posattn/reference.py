@@ -103,7 +103,7 @@ def attention_reference(
             dense = bias.dense(query_length, key_length, rule.query_start, rule.key_start)
         else:  # window s of the table holds the row of query Lq - 1 - s
             dense = bias.unfold(1, key_length, 1).flip(1)
-        visible = visible & (dense > -1e29)
+        visible = visible & ~(dense <= -1e29)
         score = score + dense.to(score.dtype)
 
     if relative_logits is not None:

@@ -188,3 +188,43 @@ def test_learned_slopes_that_became_negative(backend):
             out = by(backend, attention, query, key, value, bias)
             right = attention_reference(query, key, value, bias)
         torch.testing.assert_close(out, right, atol=2e-5, rtol=2e-5)
+
+
+class Walled(posattn.Bias):
+    """Nothing within 20 positions, and beyond them what hides a pair, or nearly so."""
+
+    def __init__(self, num_heads, tail):
+        super().__init__(num_heads)
+        self.tail = tail
+
+    def values(self, offsets):
+        return torch.where(offsets.abs() <= 20, -0.1 * offsets.abs().float(), self.tail).expand(self.num_heads, -1)
+
+    def support(self):
+        return torch.tensor([[-20], [20]], dtype=torch.int32).repeat(1, self.num_heads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", [-math.inf, -1e10, -1e9, torch.finfo(torch.float32).min, -1e4, 30.0])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 4.0), (torch.float32, 40.0)])
+def test_tails_as_good_as_hidden(backend, tail, dtype, size):
+    """A tile of such a tail alone leaves nothing behind, whatever its scores are."""
+    query, key, value = (torch.randn(1, 1, 128, 16).to(dtype) for _ in range(3))
+    query = query * size
+    bias = Walled(1, tail)
+    out = by(backend, attention, query, key, value, bias, is_causal=True)
+    right = attention_reference(query, key, value, bias, is_causal=True)
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(out, right, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_that_is_no_number_shows(backend):
+    query, key, value = torch.randn(3, 1, 1, 40, 16)
+    table = torch.zeros(1, 79)
+    table[0, 39 - 10] = torch.nan  # of the offset -10
+    out = by(backend, attention, query, key, value, table, is_causal=True)
+    right = attention_reference(query, key, value, table, is_causal=True)
+    bad = torch.arange(40) >= 10
+    assert torch.equal(out.isnan().any(-1)[0, 0], bad)
+    assert torch.equal(right.isnan().any(-1)[0, 0], bad)

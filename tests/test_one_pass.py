@@ -106,3 +106,22 @@ def test_dropout_and_skipping(passes: list[str], monkeypatch: pytest.MonkeyPatch
     assert passes.count("once") == 1
     for once, twice in zip(*grads):
         assert error(once, twice) < 1e-5
+
+
+def test_a_search_leaves_nothing_in_what_is_added_up(passes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As POSATTN_AUTOTUNE=1 does: several launches, then a reset, then the one that counts."""
+    run = configs.run
+
+    def search(direction, q, width, rule, length, launch, reset, *more):
+        if direction == "once":
+            launch(configs.pick("interpreter", direction, 32, width))
+            reset()
+        run(direction, q, width, rule, length, launch, reset, *more)
+
+    monkeypatch.setattr(configs, "run", search)
+    case = CASES["table causal, batch"]
+    p = problem(case)
+    correct, actual = expected(case, p, None), computed(case, p, None)
+    assert "once" in passes
+    for key, value in correct.items():
+        assert error(actual[key], value) < tolerance(case.dtype), key

@@ -201,6 +201,7 @@ def launch_device() -> str:
         ({"right": -1, "keys": 64}, True),
         ({"right": -1}, False),  # 40 keys in tiles of 16: those from 40 on would be seen
         ({"right": 3}, False),
+        ({"queries": 1, "bias": "none", "keys": 33}, False),  # causal, and the one query sees all
         ({"keys": 0}, False),
         ({"head_dim": 40}, False),
         ({"head_dim": 32}, False),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -28,6 +29,8 @@ from .measure import Patience, interleaved, seconds_of, summary
 BANDWIDTH = 4.3e12
 RESULTS = Path(__file__).parent / "results"
 COLD = 256 << 20  # bytes of keys and values that a turn goes through
+ENOUGH = 2e-3  # seconds that a CUDA graph takes at the floor, or more: what starting it costs is then lost in it
+MOST_CALLS = 512  # in a graph
 PEERS = (
     "posattn none",
     "posattn ALiBi",
@@ -132,7 +135,7 @@ def peer(name: str, cache: Cache, device: str) -> Callable[[Tensor, Tensor], Any
 
 
 def turn(name: str, cache: Cache, device: str) -> tuple[Callable[[], Any], int] | None:
-    """A function that goes through all copies, and how many calls that is."""
+    """A function that goes through all copies, on a GPU so often that it takes a while, and how many calls that is."""
     copies = cache.copies
     if name == "posattn pages":
         if cache.place.length % cache.pages:
@@ -156,10 +159,17 @@ def turn(name: str, cache: Cache, device: str) -> tuple[Callable[[], Any], int] 
             attend(k, v)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    rounds = rounds_of(cache.place.cache_bytes(cache.dtype.itemsize), len(copies))
     with torch.cuda.graph(graph):
-        for k, v in copies:
-            attend(k, v)
-    return graph.replay, len(copies)
+        for _ in range(rounds):
+            for k, v in copies:
+                attend(k, v)
+    return graph.replay, rounds * len(copies)
+
+
+def rounds_of(size: int, copies: int) -> int:
+    """How often a graph goes through its copies, `size` bytes each."""
+    return max(1, min(math.ceil(ENOUGH * BANDWIDTH / (size * copies)), MOST_CALLS // copies))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import gate_speed
+from .gate_rows import bits_and_width, configs_covered, served, verdicts
 
 RESULTS = Path(__file__).parent / "results"
 # Of the budget, by the end of that part: the first cases, the options, caches, DAPE and FIRE, SPE, FLOATER, the mixed
@@ -115,48 +116,6 @@ def furthest_gradient(row: dict[str, Any]) -> str:
     return ", {} {:.1e}/{:.0e}".format(name, *pairs[name])
 
 
-def bits_and_width(case: Any) -> tuple[int, int]:
-    """Where the config table looks for a case: bits of the dtype, head dim of the padded tile."""
-    return torch.finfo(case.dtype).bits, max(64, 1 << (case.head_dim - 1).bit_length())
-
-
-def served(cases: list[Any], device: torch.device) -> list[Any]:
-    """The cases that the config tables of this GPU have rows for; the rest is not Triton's (fp32 beyond 128, say)."""
-    from posattn.kernels import configs, mix_configs
-
-    def fits(case: Any) -> bool:
-        sizes = getattr(case, "mixed", ())
-        return not sizes or mix_configs.channels(sizes) <= mix_configs.largest(device, torch.finfo(case.dtype).bits)
-
-    rows = {(bits, width) for chip, _, bits, width in configs.CONFIGS if chip == configs.arch(device)}
-    return [case for case in cases if bits_and_width(case) in rows and fits(case)]
-
-
-def configs_covered(done: list[Any], device: torch.device) -> dict[str, list[str]]:
-    """Which rows of the config table the cases ran; "diagonals" runs in deterministic cases only.
-
-    Rows of other schedules are named with it and their tile; covered are those that the plain kernel agreed with.
-    """
-    from posattn.kernels import configs, schedules
-
-    ran = {bits_and_width(case) for case in done}
-    sums = {bits_and_width(case) for case in done if case.deterministic}
-    made: dict[str, list[str]] = {"covered": [], "not_covered": []}
-    for chip, direction, bits, width in configs.CONFIGS:
-        if chip == configs.arch(device):
-            yes = (bits, width) in (sums if direction == "diagonals" else ran)
-            made["covered" if yes else "not_covered"].append(f"{chip} {direction} {bits} bits {width}")
-    judged: dict[str, list[str]] = {}
-    for v in schedules.verdicts():
-        bits, config = torch.finfo(v["dtype"]).bits, v["config"]
-        if (bits, v["head_dim"]) in ran:
-            row = schedules.name(configs.arch(device), v["direction"], bits, v["head_dim"], config)
-            judged.setdefault(row, []).append(v["why"])
-    for name, reasons in judged.items():
-        made["not_covered" if any(reasons) else "covered"].append(name)
-    return made
-
-
 # ------------------------------------------------------------------------------------------------------- main
 
 
@@ -168,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     which += "which then have the whole budget; or all of these; or time and memory of SPE"
     parts = ["all", "attention", "features", "decode", "mixing", "spe", "floater", "spe-speed"]
     parser.add_argument("--part", choices=parts, default="all", help=which)
-    some = "which cases of features, mixing or spe: 7: after the seventh; 1::4 for the second of four processes"
+    some = "which cases of one part: 7: after the seventh; 1::4 for the second of four processes"
     parser.add_argument("--cases", type=slice_of, default=slice(None), metavar="A:B:C", help=some)
     rehearse = "rehearse on the CPU interpreter (TRITON_INTERPRET=1), tiny shapes, no speed table"
     parser.add_argument("--interpret", action="store_true", help=rehearse)
@@ -187,11 +146,14 @@ def main(argv: list[str] | None = None) -> int:
     print("numerics: error by what is allowed, the worst of all outputs and gradients (1 is the limit)")
     print("some also: the parameter (of a DAPE's base) whose gradient is furthest off, by size: posattn/plain PyTorch")
     done, failures = [], []
+    left: list[Any] = []  # of the first cases: they come before the mixed ones
     for part, cases, share in planned(arguments, device):
+        cases = left + cases if part == "numerics" else cases
         found = numerics(cases, device, clock, arguments.interpret, share)
-        before = report.setdefault(part, {"rows": [], "not_reached": []})
-        for key in before:
-            before[key] += found[key]
+        before = report.setdefault(part, {"rows": []})
+        before["rows"] += found["rows"]
+        before["not_reached"] = found["not_reached"]
+        left = cases[len(found["rows"]) :] if part == "numerics" else left
         failures += [f"{row['case']}: {', '.join(row['failed'])}" for row in found["rows"] if row["failed"]]
         if part == "numerics":
             done += [c for c, row in zip(cases, found["rows"]) if not row["failed"] and "not_run" not in row]
@@ -204,14 +166,10 @@ def main(argv: list[str] | None = None) -> int:
         failures += report["spe_speed"]["failed"]
     if not arguments.interpret and arguments.part in ("all", "attention"):
         report["configs"] = configs_covered(done, device)
-        print("peak memory of forward and backward, bf16, H 8, D 64, TISA, causal")
-        try:
-            report["memory"] = gate_speed.memory(device, lambda: clock.open(MEMORY_SHARE))
-        except Exception as error:  # the report of what ran before is worth more
-            report["memory"] = {"rows": [], "failed": [f"memory: {type(error).__name__}: {str(error)[:500]}"]}
-        failures += report["memory"]["failed"]
-        print("speed, bf16: forward; forward and backward")
-        report["speed"] = gate_speed.speed(device, clock.open)
+        report["verdicts"] = verdicts(device)
+        if arguments.cases == slice(None):  # or processes side by side would time one another
+            memory_and_speed(report, device, clock)
+            failures += report["memory"]["failed"]
     if report["machine"].get("nvidia_smi"):
         report["nvidia_smi_after"] = nvidia_smi()
     report["seconds"] = clock.spent()
@@ -229,6 +187,16 @@ def main(argv: list[str] | None = None) -> int:
     report_unreached(report)
     print("\n".join(["FAILED:", *failures]) if failures else f"passed, {cases_run(report)} cases")
     return int(bool(failures))
+
+
+def memory_and_speed(report: dict[str, Any], device: torch.device, clock: Clock) -> None:
+    print("peak memory of forward and backward, bf16, H 8, D 64, TISA, causal")
+    try:
+        report["memory"] = gate_speed.memory(device, lambda: clock.open(MEMORY_SHARE))
+    except Exception as error:  # the report of what ran before is worth more
+        report["memory"] = {"rows": [], "failed": [f"memory: {type(error).__name__}: {str(error)[:500]}"]}
+    print("speed, bf16: forward; forward and backward")
+    report["speed"] = gate_speed.speed(device, clock.open)
 
 
 def slice_of(text: str) -> slice:
@@ -253,8 +221,15 @@ def planned(arguments: argparse.Namespace, device: torch.device) -> list[tuple[s
         made += [("spe", list(gate_spe.rehearsal())[arguments.cases], 1.0)] * with_spe
         return made + [("floater", list(gate_floater.rehearsal()), 1.0)] * with_floater
     first, every = (served(list(cases()), device) for cases in (gate_numerics.first_cases, gate_numerics.cases))
+    if SCHEDULE:  # which 32 bits have no row of
+        first, every = ([case for case in cases if bits_and_width(case)[0] == 16] for cases in (first, every))
+    some = arguments.cases != slice(None)
+    if alone and some:
+        first, every = [], every[arguments.cases]
+    # An attempt at another schedule is about numerics alone.
+    numerics_end = 1.0 if alone and (SCHEDULE or some) else NUMERICS_SHARE
     mixing = served(list(gate_mixing.cases()), device)[arguments.cases]
-    made += [("numerics", first, FIRST_SHARE)] * with_attention
+    made += [("numerics", first, numerics_end if alone else FIRST_SHARE)] * with_attention
     features = served(list(gate_features.cases()), device)[arguments.cases]
     made += [("features", features, 1.0 if alone else FEATURES_SHARE)] * with_features
     decode = served(list(gate_decode.cases()), device)[arguments.cases]
@@ -262,7 +237,7 @@ def planned(arguments: argparse.Namespace, device: torch.device) -> list[tuple[s
     made += [("mixing", mixing, 1.0 if alone else MIXING_SHARE)] * with_mixing
     made += [("spe", list(gate_spe.cases())[arguments.cases], 1.0 if alone else SPE_SHARE)] * with_spe
     made += [("floater", list(gate_floater.cases()), 1.0 if alone else FLOATER_SHARE)] * with_floater
-    return made + [("numerics", every[len(first) :], NUMERICS_SHARE)] * with_attention
+    return made + [("numerics", every[len(first) :], numerics_end)] * with_attention
 
 
 def cases_run(report: dict[str, Any]) -> int:

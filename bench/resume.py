@@ -17,7 +17,8 @@ class Finished:
     They are found again in the job's results (`path`) and in a work file next to it, wherever the plan there is
     the same one, number for number. Every new part is written at once, to a new file that then takes the old
     one's place, so a file is never half written. Two processes may do different parts of one plan side by side:
-    each write takes in what the other has written. `fresh` starts over.
+    each write takes in what the other has written. Better one at a time: what one writes between another's look and
+    its write is lost, and done again. `fresh` starts over.
     """
 
     def __init__(self, path: Path, plan: Row, fresh: bool = False) -> None:
@@ -42,12 +43,13 @@ class Finished:
         self._take_in(self.work)
 
     def add(self, name: str, part: Row) -> None:
-        self._take_in(self.work)
+        self.look()
         self.parts[name] = json.loads(json.dumps(part))
         _replace(self.work, {"plan": self.plan, "parts": self.parts})
 
     def finish(self, results: Row) -> None:
-        """Write the job's results with plan and parts, and drop the work file."""
+        """Write the job's results with plan and parts, another process's too, and drop the work file."""
+        self.look()
         _replace(self.results, {**results, "plan": self.plan, "parts": self.parts})
         self.work.unlink(missing_ok=True)
 

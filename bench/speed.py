@@ -1,8 +1,9 @@
 """`python -m bench speed`: the table of goals, measured on the GPU at hand beside the peers, all in one run.
 
 bf16, causal, 32768 tokens of width 2048 at every length, medians of triton.testing.do_bench over three input sets, the
-peers taking turns. The job stops at its budget, and every finished piece is kept: the same command goes on where it
-stopped, also after a kill. A peer that fails is a row with the reason. On the CPU, a rehearsal at toy size.
+peers taking turns. The job stops before a piece that does not fit in its budget, and every finished piece is kept: the
+same command goes on where it stopped, also after a kill. A peer that fails is a row with the reason; one that breaks
+the GPU or never ends ends the process (status 3), and the same command goes on without it. On the CPU: a rehearsal.
 
 results/speed-<machine>.json:
   machine     as machine.describe writes it, and: capability, nvidia_smi, nvidia_smi_after (driver, clocks), configs
@@ -11,17 +12,18 @@ results/speed-<machine>.json:
               where (the worst place), peers (beside it), places (all of them)
   not_reached names of pieces that the budget did not reach; seconds of this call
   plan        what a later call must agree with to go on; code is a digest of the package and of this benchmark
-  parts       name of a piece -> part, clocks (SM clock before and after), seconds, rows. A row has the place (head_dim,
-              length, batch, heads), peer, and not_run (why) or:
+  parts       name of a piece -> part, clocks (at work: speed_watch.summary), seconds, rows. A row has the place
+              (head_dim, length, batch, heads), peer, and not_run (why), or with `failed` (direction: why) for the rest:
     forward   forward_ms, forward_all (a median an input set), forward_tflops
-    training  the same for forward, both (forward and backward) and backward (alone), difference_ms: both - forward
+    schedules the same, of the forward's other schedules
+    training  the same for forward, both (forward and backward), backward (alone) and difference: both - forward
     error     errors: {out, dq, dk, dv, dtable: rms error by rms of float64}
     radial    both_ms, both_all, of all pairs, with learned Gaussians of the distance
     memory    peak_bytes; extra_bytes and share: what is beyond inputs, outputs, lse and gradients; B 1
     decode    median (seconds), copy_bandwidth (bytes a second), share: bytes of K and V by time and by that bandwidth
     mixing    (DAPE) and spe: direction, ms, floor_ms, times: how many times the floor
     first     cold and warm: {import, wake, call} in seconds
-              A part "broken: <piece>: <peer>" has the error by which it made the GPU unusable: it is left out since
+              A part "broken: <part>: <peer>": piece in which it ended the process, why, times (2: left out since)
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ from .resume import Finished
 from .speed_goals import goals
 from .speed_parts import PARTS, Cell, cells
 from .speed_timing import DeviceBroken, Row, Timer
+from .speed_watch import BROKEN, SECONDS, STATUS, Clocks, Watch, ending_in_order
 
 RESULTS = Path(__file__).parent / "results"
-BROKEN = "broken: "
 # What makes other kernels of the same code; a run with one of these set goes to a file of its own.
 ENVIRONMENT = ("POSATTN_SCHEDULE", "POSATTN_BACKWARD", "POSATTN_AUTOTUNE", "TRITON_PTXAS_PATH")
 
@@ -54,27 +56,17 @@ ENVIRONMENT = ("POSATTN_SCHEDULE", "POSATTN_BACKWARD", "POSATTN_AUTOTUNE", "TRIT
 def digest() -> str:
     """Of all that is timed and of how: a run goes on only with what the same code has measured."""
     found = hashlib.sha256(mixing_speed.digest().encode())
-    for path in sorted(Path(__file__).parent.glob("speed*.py")):
+    folder = Path(__file__).parent
+    others = (folder / f"{name}.py" for name in ("contest", "decode", "gate_spe_speed", "measure"))
+    for path in sorted([*folder.glob("speed*.py"), *others]):
         if path.stem not in ("speed_goals", "speed_report"):
             found.update(path.read_bytes())
     return found.hexdigest()[:12]
 
 
-def sm_clock(device: str) -> str | None:
-    return (nvidia_smi() or {}).get("clocks.sm") if device == "cuda" else None
-
-
-def left_out_of(finished: Finished, cell: Cell) -> dict[str, str]:
-    prefix = f"{BROKEN}{cell.name}: "
-    return {
-        name.removeprefix(prefix): part["why"]
-        for name, part in finished.parts.items()
-        if name.startswith(prefix)
-    }
-
-
 def run(cell: Cell, timer: Timer, left_out: dict[str, str]) -> list[Row]:
     try:
+        timer.started("all")
         return cell.run(timer, left_out)
     except DeviceBroken:
         raise
@@ -84,21 +76,53 @@ def run(cell: Cell, timer: Timer, left_out: dict[str, str]) -> list[Row]:
         return [{"peer": "all", "not_run": why}]
 
 
-def measure(cell: Cell, timer: Timer, finished: Finished) -> None:
+def measure(cell: Cell, timer: Timer, finished: Finished, watch: Watch) -> None:
     """Run one piece and keep it. Raises DeviceBroken, after it has noted who broke it."""
-    before, start = sm_clock(timer.device), time.perf_counter()
-    left_out = left_out_of(finished, cell)
+    start, left_out = time.perf_counter(), watch.left_out(cell.part, cell.name)
+    watch.begin(cell.part, cell.name)
     try:
-        if "all" in left_out:
-            rows = [{"peer": "all", "not_run": f"left out: {left_out['all']}"}]
-        else:
-            rows = run(cell, timer, left_out)
+        with Clocks(timer.device) as clocks:
+            if "all" in left_out:
+                rows = [{"peer": "all", "not_run": f"left out: {left_out['all']}"}]
+            else:
+                rows = run(cell, timer, left_out)
     except DeviceBroken as error:
         name, why = str(error).split(": ", 1)
-        finished.add(f"{BROKEN}{cell.name}: {name}", {"why": why})
+        watch.broken(cell.part, cell.name, name, why)
         raise
-    part = {"part": cell.part, "clocks": [before, sm_clock(timer.device)], "rows": rows}
+    finally:
+        watch.ended()
+    part = {"part": cell.part, "clocks": clocks.summary(), "rows": rows}
     finished.add(cell.name, {**part, "seconds": time.perf_counter() - start})
+
+
+def expected(part: str, finished: Finished) -> float:
+    """Seconds that a piece may take: the longest of its part so far, 0 where there is none."""
+    known = (piece for name, piece in finished.parts.items() if not name.startswith(BROKEN))
+    return max((piece["seconds"] for piece in known if piece["part"] == part), default=0.0)
+
+
+def work(left: list[Cell], timer: Timer, finished: Finished, end: float) -> int:
+    """Piece after piece until one would not be done by `end`; the exit status."""
+    cuda = timer.device == "cuda"
+    watch = Watch(finished, SECONDS if cuda else 5 * SECONDS, hard=cuda)
+    timer.started = watch.started
+    try:
+        with ending_in_order():
+            for cell in left:
+                remaining, needed = end - time.perf_counter(), expected(cell.part, finished)
+                if remaining < needed or remaining < 0:
+                    text = f"stopped before {cell.name}, which may take {needed:.0f} s"
+                    print(f"{text}: {max(0.0, remaining):.0f} s of the budget are left", flush=True)
+                    break
+                measure(cell, timer, finished, watch)
+                print(speed_report.lines(cell.name, finished.parts[cell.name], not cuda), flush=True)
+    except DeviceBroken as error:
+        print(f"the GPU answers no more, after {error}\nthe same command goes on without it", flush=True)
+        return STATUS
+    finally:
+        watch.close()
+    return 0
 
 
 def results_of(finished: Finished, machine: Row, rehearsal: bool, missing: list[str], seconds: float) -> Row:
@@ -147,7 +171,7 @@ def rows_in_use() -> Row:
 def main(argv: list[str] | None = None, do_bench: Callable[[Callable[[], Any]], float] | None = None) -> int:
     parser = argparse.ArgumentParser("bench speed", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--part", metavar="A,B", help=f"only these: {', '.join(PARTS)}")
-    parser.add_argument("--quick", action="store_true", help="one length a part, under two minutes on a GPU")
+    parser.add_argument("--quick", action="store_true", help="one length a part, some minutes on a GPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU when there is one")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="when to stop (540)")
     parser.add_argument("--fresh", action="store_true", help="do not go on from what an earlier run has finished")
@@ -175,17 +199,8 @@ def main(argv: list[str] | None = None, do_bench: Callable[[Callable[[], Any]], 
     left = [cell for cell in every if cell.part in chosen and cell.name not in finished]
     print(f"{machine['device_name']}, torch {machine['torch']}, triton {machine['triton']}", machine.get("nvidia_smi"))
     print(f"{len(every)} pieces, {sum(cell.name in finished for cell in every)} of them done before", flush=True)
-    timer, status = Timer(device, do_bench, quick), 0
-    for cell in left:
-        if time.perf_counter() - start > options.budget:
-            break
-        try:
-            measure(cell, timer, finished)
-        except DeviceBroken as error:
-            print(f"the GPU answers no more, after {error}\nthe same command goes on without it", flush=True)
-            status = 3
-            break
-        print(speed_report.lines(cell.name, finished.parts[cell.name], rehearsal), flush=True)
+    status = work(left, Timer(device, do_bench, quick), finished, start + options.budget)
+    finished.look()
     missing = [cell.name for cell in every if cell.name not in finished]
     if device == "cuda" and status == 0:
         machine["nvidia_smi_after"] = nvidia_smi()

@@ -12,15 +12,14 @@ from torch import Tensor
 import posattn
 
 from . import speed_rest
-from .contest import why_not
-from .speed_peers import backend_of, flex, forward_peers, radial_peers, training_peers
+from .speed_peers import Make, backend_of, flex, forward_peers, radial_peers, schedule_peers, training_peers
 from .speed_timing import Peer, Place, Row, Timer
 
-PARTS = ("forward", "training", "error", "radial", "first", "memory", "decode", "mixing", "spe")
+PARTS = ("forward", "training", "error", "first", "memory", "schedules", "decode", "radial", "mixing", "spe")
 TOKENS, WIDTH = 32768, 2048  # batch * length, heads * head dim
-LENGTHS = (8192, 2048, 32768, 4096, 16384)
-FLEX_LENGTHS = (8192, 2048, 32768)  # a compilation each
-RADIAL_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (8192, 32768, 2048, 4096, 16384)
+FLEX_LENGTHS = (8192, 32768, 2048)  # a compilation each
+RADIAL_LENGTHS = (512, 4096, 16384, 1024, 2048, 8192)
 
 
 class Cell(NamedTuple):
@@ -47,27 +46,35 @@ def cells(device: str, quick: bool) -> list[Cell]:
     def place(dim: int, length: int) -> Place:
         return Place(dim, length, 1, 2) if cpu else place_of(dim, length)
 
-    first, *others = lengths
-    for dim in dims:
-        add("forward", place(dim, first), forward_cell, place(dim, first), True)
-        add("training", place(dim, first), training_cell, place(dim, first), not cpu)
+    def speeds(chosen: tuple[int, ...]) -> None:
+        for shape in (place(dim, length) for length in chosen for dim in dims):
+            flex = cpu or shape.length in FLEX_LENGTHS
+            add("forward", shape, forward_cell, shape, flex)
+            add("training", shape, training_cell, shape, flex and not cpu)
+
+    def radials(chosen: tuple[int, ...]) -> None:
+        for length in chosen:
+            shape = Place(64, length, 1 if cpu else 16384 // length, 2 if cpu else 4, causal=False)
+            add("radial", f"N {length}", radial_cell, shape)
+
+    radial = (128,) if cpu else (512,) if quick else RADIAL_LENGTHS
+    speeds(lengths[:1])
     for dim in dims:
         add("error", f"D {dim}", error_cell, Place(dim, 128 if cpu else 2048, 1, 2 if cpu else 4))
     add("first", "call", speed_rest.first_cell)
     for dim in dims:
         add("memory", f"D {dim}", speed_rest.memory_cell, [place(dim, n)._replace(batch=1) for n in sorted(lengths)])
+    for dim in dims:  # kernels that nobody runs unless asked: they may hang, so behind what is needed most
+        add("schedules", place(dim, lengths[0]), schedules_cell, place(dim, lengths[0]))
     for shape in speed_rest.decode_places(cpu, quick):
         add("decode", shape, speed_rest.decode_cell, shape)
-    for length in (128,) if cpu else (512,) if quick else RADIAL_LENGTHS:
-        shape = Place(64, length, 1 if cpu else 16384 // length, 2 if cpu else 4, causal=False)
-        add("radial", f"N {length}", radial_cell, shape)
-    for length in others:
-        for dim in dims:
-            add("forward", place(dim, length), forward_cell, place(dim, length), length in FLEX_LENGTHS)
-            add("training", place(dim, length), training_cell, place(dim, length), length in FLEX_LENGTHS)
+    speeds(lengths[1:3])
+    radials(radial[:3])
     for length in (128,) if cpu else (2048,) if quick else (8192, 32768):
         add("mixing", f"DAPE N {length}", speed_rest.mixing_cell, length)
         add("spe", f"N {length}", speed_rest.spe_cell, length)
+    speeds(lengths[3:])
+    radials(radial[3:])
     return made
 
 
@@ -75,8 +82,16 @@ def cells(device: str, quick: bool) -> list[Cell]:
 
 
 def forward_cell(place: Place, with_flex: bool, timer: Timer, left_out: dict[str, str]) -> list[Row]:
+    return forwards(place, forward_peers(place, timer.device, with_flex), timer, left_out)
+
+
+def schedules_cell(place: Place, timer: Timer, left_out: dict[str, str]) -> list[Row]:
+    return forwards(place, schedule_peers(place, timer.device), timer, left_out)
+
+
+def forwards(place: Place, peers: dict[str, Make], timer: Timer, left_out: dict[str, str]) -> list[Row]:
     torch.compiler.reset()  # each shape is compiled anew, and there is a limit to how often
-    rows = timer.turns(place, forward_peers(place, timer.device, with_flex), ("forward",), left_out)
+    rows = timer.turns(place, peers, ("forward",), left_out)
     for row in rows:
         if "forward_ms" in row:
             row["forward_tflops"] = place.flop() / row["forward_ms"] / 1e9
@@ -88,11 +103,12 @@ def training_cell(place: Place, with_flex: bool, timer: Timer, left_out: dict[st
     peers = training_peers(place, timer.device, with_flex)
     rows = timer.turns(place, peers, ("forward", "both", "backward"), left_out)
     for row in rows:
-        if "both_ms" in row:
-            row["both_tflops"] = 3.5 * place.flop() / row["both_ms"] / 1e9
-            row["backward_tflops"] = 2.5 * place.flop() / row["backward_ms"] / 1e9
+        if {"both_ms", "forward_ms"} <= row.keys():
             # The forward of a training step also keeps what backward needs.
             row["difference_ms"] = row["both_ms"] - row["forward_ms"]
+        for direction, times in (("forward", 1.0), ("both", 3.5), ("backward", 2.5), ("difference", 2.5)):
+            if row.get(f"{direction}_ms", 0.0) > 0:
+                row[f"{direction}_tflops"] = times * place.flop() / row[f"{direction}_ms"] / 1e9
     return rows
 
 
@@ -110,20 +126,16 @@ def error_cell(place: Place, timer: Timer, left_out: dict[str, str]) -> list[Row
     truth = exact(inputs, table)
     rows: list[Row] = []
     for name, make in {"posattn": our_table, "Flex": flex_leaf}.items():
-        row: Row = {**place._asdict(), "peer": name}
-        try:
-            if name in left_out:
-                raise RuntimeError(f"left out: {left_out[name]}")
+
+        def measure(make: Any = make) -> Row:
             leaves = [t.detach().requires_grad_() for t in inputs[:3]]
             out = make(place, timer.device, table).attend(*leaves)
             found = [out.detach(), *torch.autograd.grad(out, [*leaves, table], inputs.grad)]
             timer.wait()
             pairs = zip(("out", "dq", "dk", "dv", "dtable"), found, truth)
-            row["errors"] = {key: distance(got, want) for key, got, want in pairs}
-        except Exception as error:
-            row["not_run"] = why_not(error)
-            timer.check_alive(name, row["not_run"])
-        rows.append(row)
+            return {"errors": {key: distance(got, want) for key, got, want in pairs}}
+
+        rows.append(timer.careful(name, {**place._asdict(), "peer": name}, left_out, measure))
     return rows
 
 

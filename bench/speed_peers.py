@@ -114,8 +114,15 @@ def scheduled(place: Place, device: str, kind: str, schedule: str) -> Peer:
         for _ in range(2):  # the first call judges
             attend(sample, sample, sample)
     if configs.ran["forward"].schedule != schedule:
-        raise RuntimeError(next((v["why"] for v in schedules.verdicts()[::-1] if v["why"]), "no such row"))
+        raise RuntimeError(refusal(schedules.verdicts(), schedule, place.head_dim))
     return Peer(attend, peer.parameters)
+
+
+def refusal(verdicts: list[dict[str, Any]], schedule: str, head_dim: int) -> str:
+    """Why posattn did not take a schedule for its last forward of this head dim."""
+    kinds = [v for v in verdicts if (v["direction"], v["head_dim"]) == ("forward", head_dim) and v["why"]]
+    whys = [v["why"] for v in kinds if v["config"].schedule == schedule]
+    return whys[-1] if whys else "no row of this schedule serves the call"
 
 
 def sdpa(place: Place, name: str) -> Peer:
@@ -150,7 +157,7 @@ def flex(place: Place, device: str, score: Any, captured: Callable[[], list[Tens
 
     compiled = torch.compile(run, fullgraph=True, dynamic=False)
     attend: Attend = lambda q, k, v: compiled(q, k, v, captured())
-    return Peer(attend, parameters)
+    return Peer(attend, parameters, again=False)
 
 
 def flex_plain(place: Place, device: str) -> Peer:
@@ -211,14 +218,21 @@ def forward_peers(place: Place, device: str, with_flex: bool) -> dict[str, Make]
     made |= {f"posattn {kind}": partial(with_bias, place, device, kind) for kind in BIASES}
     made |= {f"posattn {kind} kernel": partial(with_bias, place, device, kind, "kernel") for kind in ("TISA", "KERPLE")}
     made["posattn ALiBi skipping"] = partial(skipping, place, device)
-    for schedule in SCHEDULES:
-        made |= {f"posattn {b} {schedule}": partial(scheduled, place, device, b, schedule) for b in ("none", "KERPLE")}
     made |= {f"SDPA {name.lower()}": partial(sdpa, place, name) for name in SDPA}
     if with_flex:
         made["Flex KERPLE"] = partial(flex_table, place, device, "KERPLE")
     if with_flex and device == "cuda":
         made["Flex none"] = partial(flex_plain, place, device)
         made["Flex ALiBi"] = partial(flex_slopes, place, device)
+    return made
+
+
+def schedule_peers(place: Place, device: str) -> dict[str, Make]:
+    """The forward's other schedules, beside the one in use."""
+    made: dict[str, Make] = {"posattn none": partial(ours, place, device)}
+    made["posattn KERPLE"] = partial(with_bias, place, device, "KERPLE")
+    for schedule in SCHEDULES:
+        made |= {f"posattn {b} {schedule}": partial(scheduled, place, device, b, schedule) for b in ("none", "KERPLE")}
     return made
 
 

@@ -13,7 +13,11 @@ NOTE = "a rehearsal on a CPU: no figure here is one of a GPU"
 
 def lines(name: str, part: Row, rehearsal: bool) -> str:
     """One piece, as it is printed while the job runs."""
-    made = [f"{name}  ({part['seconds']:.0f} s, SM {' to '.join(map(str, part['clocks']))})"]
+    clocks = part["clocks"]
+    about = ""
+    if clocks is not None:
+        about = f", SM {clocks['sm'][0]:.0f} to {clocks['sm'][2]:.0f} MHz, {clocks['power']:.0f} W"
+    made = [f"{name}  ({part['seconds']:.0f} s{about})"]
     return "\n".join(made + [f"  {row['peer']:28} {values(part['part'], row, rehearsal)}" for row in part["rows"]])
 
 
@@ -36,6 +40,7 @@ def values(part: str, row: Row, rehearsal: bool) -> str:
             tflops = f" {row[f'{direction}_tflops']:6.1f} TFLOP/s" if f"{direction}_tflops" in row else ""
             tflops = "" if rehearsal else tflops
             made.append(f"{direction} {row[f'{direction}_ms']:9.3f} ms{tflops}")
+    made += [f"{direction} not run: {why[:60]}" for direction, why in row.get("failed", {}).items()]
     return "   ".join(made)
 
 

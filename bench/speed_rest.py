@@ -16,28 +16,12 @@ import posattn
 
 from . import decode, gate_spe_speed, mixing_speed, speed_first
 from .contest import DIRECTIONS as DAPE_DIRECTIONS
-from .contest import why_not
 from .gate_speed import release
-from .measure import Patience, peak_memory
+from .measure import peak_memory
 from .speed_peers import BIASES, backend_of, ours, sdpa, with_bias
 from .speed_timing import Place, Row, Timer
 
 GIGABYTE = 1 << 30
-
-
-def careful(timer: Timer, name: str, row: Row, left_out: dict[str, str], measure: Any) -> Row:
-    """The row with what `measure()` adds to it, or with the reason why there is nothing."""
-    try:
-        if name in left_out:
-            raise RuntimeError(f"left out: {left_out[name]}")
-        row.update(measure())
-    except Exception as error:
-        row["not_run"] = why_not(error)
-        del error
-        timer.check_alive(name, row["not_run"])
-        if timer.device == "cuda":
-            release()
-    return row
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -75,7 +59,7 @@ def memory_cell(places: list[Place], timer: Timer, left_out: dict[str, str]) -> 
             extra = peak - needed["made"]
             return {"peak_bytes": peak, "extra_bytes": extra, "share": extra / sum(needed.values()), **needed}
 
-        rows.append(careful(timer, name, {**place._asdict(), "peer": name}, left_out, measure))
+        rows.append(timer.careful(name, {**place._asdict(), "peer": name}, left_out, measure))
     return rows
 
 
@@ -100,26 +84,28 @@ def copy_bandwidth(timer: Timer) -> float:
     return 2 * size / (timer.ms(partial(target.copy_, source)) * 1e-3)
 
 
+@torch.no_grad()
 def decode_cell(place: decode.Place, timer: Timer, left_out: dict[str, str]) -> list[Row]:
     """Calls inside of a CUDA graph, the cache out of L2; `share` is the bytes of K and V by the copy's bandwidth."""
-    patience = Patience(fewest=5, most=30, seconds=0.3)
-    names = tuple(
-        name for name in ("posattn none", "posattn TISA", "posattn ALiBi", "SDPA none") if name not in left_out
-    )
     bandwidth = copy_bandwidth(timer)
     if timer.device == "cuda":
         release()
-    rows = decode.measured(place, timer.device, patience, names)
-    item = 2 if timer.device == "cuda" else 4
-    for row in rows:
-        row["copy_bandwidth"] = bandwidth
-        if "error" in row:
-            row["not_run"] = row.pop("error")
-            timer.check_alive(row["peer"], row["not_run"])
-        else:
-            row["share"] = place.cache_bytes(item) / bandwidth / row["median"]
-    if timer.device == "cuda":
-        release()
+    cache = decode.Cache(place, timer.device)
+    floor = place.cache_bytes(cache.dtype.itemsize) / bandwidth
+    rows = []
+    for name in ("posattn none", "posattn TISA", "posattn ALiBi", "SDPA none"):
+
+        def measure(name: str = name) -> Row:
+            made = decode.turn(name, cache, timer.device)
+            assert made is not None
+            run, calls = made
+            seconds = timer.ms(run) / calls / 1e3  # by the same clock as the copy
+            return {"median": seconds, "calls": calls, "copy_bandwidth": bandwidth, "share": floor / seconds}
+
+        row = {"place": str(place), **place._asdict(), "peer": name}
+        rows.append(timer.careful(name, row, left_out, measure))
+        if timer.device == "cuda":
+            release()
     return rows
 
 
@@ -140,7 +126,7 @@ def mixing_cell(length: int, timer: Timer, left_out: dict[str, str]) -> list[Row
             return {"ms": ms, "floor_ms": floor * 1e3, "times": ms / floor / 1e3}
 
         row = {**place._asdict(), "peer": "posattn DAPE", "direction": direction}
-        rows.append(careful(timer, "posattn DAPE", row, left_out, measure))
+        rows.append(timer.careful("posattn DAPE", row, left_out, measure))
     return rows
 
 
@@ -167,7 +153,7 @@ def spe_cell(length: int, timer: Timer, left_out: dict[str, str]) -> list[Row]:
                 return {"ms": ms, "floor_ms": floor, "times": ms / floor}
 
             row = {**sizes, "peer": "posattn SPE", "realizations": count, "direction": direction}
-            rows.append(careful(timer, "posattn SPE", row, left_out, measure))
+            rows.append(timer.careful("posattn SPE", row, left_out, measure))
     return rows
 
 
@@ -181,4 +167,4 @@ def first_cell(timer: Timer, left_out: dict[str, str]) -> list[Row]:
         cold, warm = speed_first.cold_and_warm("--device", timer.device)
         return {"cold": cold, "warm": warm}
 
-    return [careful(timer, "posattn TISA", {"peer": "posattn TISA"}, left_out, measure)]
+    return [timer.careful("posattn TISA", {"peer": "posattn TISA"}, left_out, measure)]

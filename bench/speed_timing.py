@@ -1,7 +1,7 @@
 """Timing for `python -m bench speed`: peers take turns over several input sets, medians of Triton's do_bench.
 
 A peer that fails is a row with the reason. One that leaves the GPU unusable (an illegal access is an error of every
-later call of the process, too) ends the process; the next one leaves that peer out.
+later call of the process, too) ends the process; the next one leaves that peer out (speed_watch.py).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Place(NamedTuple):
 class Peer(NamedTuple):
     attend: Attend  # from the bias's parameters to the output
     parameters: list[Tensor]  # that want a gradient
+    again: bool = True  # backward may run twice; what torch.compile made may not: it writes into its saved tensors
 
 
 class Inputs(NamedTuple):
@@ -65,11 +66,13 @@ class Timer:
         self.seeds = SEEDS[: 2 if quick else 3]
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.ms = do_bench or (self.triton_ms if device == "cuda" else self.cpu_ms)
+        self.started: Callable[[str], None] = lambda peer: None  # told of each peer before it is at work
 
     def triton_ms(self, call: Callable[[], Any]) -> float:
         from triton.testing import do_bench
 
-        return float(do_bench(call, warmup=25, rep=50 if self.quick else 100, return_mode="median"))
+        rep = max(50 if self.quick else 100, 10.5e3 * seconds_of(call, self.device))  # ms: ten times or more
+        return float(do_bench(call, warmup=25, rep=int(rep), return_mode="median"))
 
     def cpu_ms(self, call: Callable[[], Any]) -> float:
         return median(seconds_of(call, "cpu") for _ in range(3)) * 1e3
@@ -87,7 +90,10 @@ class Timer:
         directions: tuple[str, ...],
         left_out: dict[str, str] | None = None,
     ) -> list[Row]:
-        """A row a peer: `<direction>_ms`, the median over input sets of medians, `<direction>_all`; or `not_run`."""
+        """A row a peer: `<direction>_ms`, the median over input sets of medians, `<direction>_all`; or `not_run`.
+
+        A direction that fails is in `failed`, with the reason; the row keeps the others.
+        """
         rows: dict[str, Row] = {}
         made: dict[str, Peer] = {}
         for name, why in (left_out or {}).items():
@@ -99,26 +105,54 @@ class Timer:
                 row = rows.setdefault(name, {})
                 if "not_run" in row or row.get("slow"):
                     continue
-                try:
-                    if name not in made:
-                        made[name] = make()
-                    for direction in directions:
-                        call = DIRECTIONS[direction](made[name], inputs)
-                        row.setdefault(f"{direction}_all", []).append(self.time(call))
-                        row["slow"] = row.get("slow", False) or row[f"{direction}_all"][-1] > SLOW
-                        del call
-                except Exception as error:
-                    row["not_run"] = why_not(error)
-                    made.pop(name, None)
-                    del error
-                    self.check_alive(name, row["not_run"])
-                if self.device == "cuda" and "not_run" in row:
-                    release()
+                if name not in made and (why := self.attempt(name, lambda: made.update({name: make()}))):  # noqa: B023
+                    row["not_run"] = why
+                    continue
+                self.visit(name, row, made[name], inputs, directions)
+                if "not_run" in row:
+                    del made[name]
             del inputs
         if self.device == "cuda":
             made.clear()
             release()
         return [{**place._asdict(), "peer": name, **finish(rows[name])} for name in peers]
+
+    def visit(self, name: str, row: Row, peer: Peer, inputs: Inputs, directions: tuple[str, ...]) -> None:
+        """Time one peer with one input set, in every direction that has not failed."""
+        wanted = [direction for direction in directions if direction != "backward" or peer.again]
+        for direction in wanted:
+
+            def measure(direction: str = direction) -> None:
+                ms = self.time(DIRECTIONS[direction](peer, inputs))
+                row.setdefault(f"{direction}_all", []).append(ms)
+                row["slow"] = row.get("slow", False) or ms > SLOW
+
+            if direction not in row.get("failed", {}) and (why := self.attempt(name, measure)):
+                row.setdefault("failed", {})[direction] = why
+        if len(row.get("failed", {})) == len(wanted):
+            row["not_run"] = next(iter(row.pop("failed").values()))
+
+    def attempt(self, name: str, act: Callable[[], Any]) -> str:
+        """Do it: "", or why it failed. Raises DeviceBroken where the GPU answers no more."""
+        self.started(name)
+        try:
+            act()
+            return ""
+        except DeviceBroken:
+            raise
+        except Exception as error:  # with its traceback go the tensors that it holds
+            why = why_not(error)
+        self.check_alive(name, why)
+        if self.device == "cuda":
+            release()
+        return why
+
+    def careful(self, name: str, row: Row, left_out: dict[str, str], measure: Callable[[], Row]) -> Row:
+        """The row with what `measure()` adds to it, or with the reason why there is nothing."""
+        left = f"left out: {left_out[name]}" if name in left_out else ""
+        if why := left or self.attempt(name, lambda: row.update(measure())):
+            row["not_run"] = why
+        return row
 
     def time(self, call: Callable[[], Any]) -> float:
         """Milliseconds of a call that may be its first: what compiles has compiled before the clock starts."""
@@ -139,11 +173,12 @@ class Timer:
 
 
 def finish(row: Row) -> Row:
-    """The row with medians; what a peer has managed before it failed stays, but counts for nothing."""
+    """The row with medians; what a direction has managed before it failed stays, but counts for nothing."""
     row.pop("slow", None)
     if "not_run" not in row:
-        for key in [key for key in row if key.endswith("_all")]:
-            row[key.removesuffix("_all") + "_ms"] = median(row[key])
+        for direction in [key.removesuffix("_all") for key in row if key.endswith("_all")]:
+            if direction not in row.get("failed", {}):
+                row[f"{direction}_ms"] = median(row[f"{direction}_all"])
     return row
 
 

@@ -87,7 +87,7 @@ PRODUCTS: dict[tuple[str, str, int, int], Config] = {
     ("sm_90", "stored rows", 32, 64): Config(64, 32, 8, 1, "ieee"),
     ("sm_90", "stored rows", 32, 128): Config(64, 32, 8, 1, "ieee"),
     ("sm_90", "stored columns", 32, 64): Config(32, 32, 8, 1, "ieee"),
-    ("sm_90", "stored columns", 32, 128): Config(64, 32, 8, 1, "ieee"),
+    ("sm_90", "stored columns", 32, 128): Config(32, 32, 8, 1, "ieee"),
     ("sm_100", "scores", 16, 64): Config(128, 128, 8, 2),
     ("sm_100", "scores", 16, 128): Config(128, 128, 8, 2),
     ("sm_100", "scores", 16, 256): Config(128, 64, 8, 1),

@@ -50,7 +50,7 @@ def training(place, **ms):
     rows = []
     for name, (both, backward) in ms.items():
         tflops = 2.5 * place.flop() / backward / 1e9
-        more = dict(both_ms=both, backward_ms=backward, backward_tflops=tflops, difference_ms=backward)
+        more = dict(both_ms=both, backward_ms=backward, backward_tflops=tflops, difference_tflops=tflops)
         rows.append(row(place, name.replace("_", " "), **more))
     return {"part": "training", "rows": rows}
 
@@ -120,9 +120,27 @@ def test_goals_of_single_rows():
     assert "posattn TISA" in lines["memory"]["peers"]
 
 
+def test_what_failed_in_one_direction_counts_in_the_others():
+    part = training(PLACE, posattn_none=(9.0, 7.0), posattn_KERPLE=(10.0, 8.0), posattn_KERPLE_frozen=(9.5, 7.5),
+                    Flex_KERPLE=(35.0, 30.0), Flex_none=(35.0, 30.0), SDPA_flash=(8.0, 6.0))  # fmt: skip
+    for peer in part["rows"][2:]:
+        del peer["backward_ms"], peer["backward_tflops"]
+    lines = answered([part])
+    assert lines["training / Flex"]["value"] == 3.5
+    assert lines["share KERPLE"]["verdict"] == "not measured"
+    assert "Flex none, as both - forward" in lines["backward none"]["peers"]
+    assert "SDPA" not in lines["backward none"]["peers"]
+
+
 def test_a_nan_is_not_hidden_and_a_rehearsal_reaches_nothing():
     parts = [forward(PLACE, posattn_none=none, posattn_TISA=2.0) for none in (2.0, math.nan)]
     assert answered(parts)["forward TISA / none"]["verdict"] == "missed"
+    schedules = {**forward(PLACE, posattn_none=9.0, posattn_none_specialised=1.5), "part": "schedules"}
+    line = answered([forward(PLACE, posattn_none=2.0), schedules])["forward none"]
+    assert "posattn none specialised 733" in line["peers"], "beside it"
+    assert line["value"] == pytest.approx(549.8, abs=0.1), "but not in its place"
+    errors = [row(PLACE, name, errors={"dq": x}) for name, x in (("posattn", 1.015e-3), ("Flex", 1e-3))]
+    assert answered([{"part": "error", "rows": errors}])["error / Flex"]["verdict"] == "accepted"
     lines = answered([forward(PLACE, posattn_none=0.001, posattn_TISA=0.001)], rehearsal=True)
     assert lines["forward none"]["verdict"] == lines["forward none"]["measured"] == REHEARSAL
     assert lines["forward TISA / none"]["verdict"] == REHEARSAL
@@ -215,7 +233,7 @@ def test_a_broken_gpu_ends_the_process_and_is_left_out_after(tmp_path, monkeypat
     assert report["not_reached"] == ["error D 64"]
     assert "goes on without it" in capsys.readouterr().out
     assert run(tmp_path)[0] == 0
-    assert asked == [{}, {"Flex KERPLE": "an illegal memory access"}]
+    assert asked == [{}, {"Flex KERPLE": "an illegal memory access (error D 64)"}]
 
 
 def test_a_piece_that_fails_as_a_whole(tmp_path, monkeypatch):
@@ -240,6 +258,11 @@ def test_places_fill_a_gpu_and_unknown_parts_are_refused(capsys):
             place = speed_parts.place_of(dim, length)
             assert place.batch * place.length * place.heads * place.head_dim == 32768 * 2048
     assert {cell.part for cell in every} == set(speed_parts.PARTS)
+    names = [cell.name for cell in every]
+    order = ["training D 64 N 8192", "error D 128", "memory D 128", "schedules D 128 N 8192",
+             "training D 128 N 32768", "training D 64 N 2048", "radial N 16384", "forward D 128 N 4096"]  # fmt: skip
+    assert sorted(order, key=names.index) == order, "the most important first"
+    assert not [peer for peer in speed_peers.forward_peers(PLACE, "cuda", True) if peer.endswith("specialised")]
     with pytest.raises(SystemExit):
         speed.main(["--part", "forwards"])
     assert "unknown part forwards" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 
@@ -56,6 +58,67 @@ def test_peers_compute_the_same(monkeypatch):
             for mine, other in pairs:
                 torch.testing.assert_close(mine.attend(*inputs[:3]), other.attend(*inputs[:3]), rtol=1e-4, atol=1e-5)
     assert {"posattn TISA", "posattn KERPLE kernel", "SDPA cudnn", "Flex KERPLE", "Flex ALiBi"} <= set(names)
+
+
+def test_one_direction_fails_and_the_others_are_kept():
+    place = Place(8, 16, 1, 2)
+    plain = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.ran = 0
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            ctx.ran += 1
+            if ctx.ran > 1:
+                raise RuntimeError("a second time")
+            return grad
+
+    once = lambda q, k, v: plain(Once.apply(q), k, v)
+    peers = {"twice": lambda: Peer(plain, []), "once": lambda: Peer(once, []), "said": lambda: Peer(once, [], False)}
+    peers["never"] = lambda: Peer(lambda q, k, v: 1 / 0, [])
+    rows = {r["peer"]: r for r in Timer("cpu").turns(place, peers, ("forward", "both", "backward"))}
+    assert {"forward_ms", "both_ms", "backward_ms"} <= rows["twice"].keys()
+    assert rows["once"]["failed"] == {"backward": "a second time"}
+    assert {"forward_ms", "both_ms"} <= rows["once"].keys()
+    assert not {"backward_ms", "not_run"} & rows["once"].keys()
+    assert "failed" not in rows["said"], "a peer that says so is not asked"
+    assert {"forward_ms", "both_ms"} <= rows["said"].keys()
+    assert rows["never"]["not_run"] == "division by zero"
+    assert not {"forward_ms", "failed"} & rows["never"].keys()
+
+
+def test_flex_in_training_needs_no_second_backward(monkeypatch):
+    made = {"Flex KERPLE": lambda: Peer(lambda q, k, v: q * 1.0 + 0 * (k + v), [], again=False)}
+    monkeypatch.setattr(speed_parts, "training_peers", lambda *_: made)
+    place = Place(8, 16, 1, 2)
+    ms = cycle([2.0, 7.0])
+    (row,) = speed_parts.training_cell(place, True, Timer("cpu", do_bench=lambda call: (call(), next(ms))[1]), {})
+    assert (row["forward_ms"], row["both_ms"], row["difference_ms"]) == (2.0, 7.0, 5.0)
+    assert row["both_tflops"] == pytest.approx(3.5 * place.flop() / 7.0 / 1e9)
+    assert row["difference_tflops"] == pytest.approx(2.5 * place.flop() / 5.0 / 1e9)
+    assert "backward_tflops" not in row
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    assert not speed_peers.flex_plain(place, "cpu").again
+
+
+def test_why_a_schedule_was_refused():
+    from posattn.kernels.configs import Config
+
+    plain = Config(64, 64, 4, 2)
+    rows = [(128, "specialised", "slow"), (64, "specialised", "narrow"), (128, "persistent", "other"),
+            (128, "descriptors", "")]  # fmt: skip
+    verdicts = [
+        {"direction": "forward", "head_dim": dim, "config": plain._replace(schedule=name), "why": why}
+        for dim, name, why in rows
+    ]
+    assert speed_peers.refusal(verdicts, "specialised", 128) == "slow"
+    assert speed_peers.refusal(verdicts, "persistent", 128) == "other"
+    assert "no row" in speed_peers.refusal(verdicts, "descriptors", 128)
+    assert "no row" in speed_peers.refusal(verdicts, "persistent", 64)
 
 
 def test_errors_are_those_of_float64(monkeypatch):

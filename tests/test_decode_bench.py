@@ -12,7 +12,7 @@ import posattn
 pytest.importorskip("triton")
 
 from bench import aot_decode, gate_decode
-from bench.decode import Place, main, places
+from bench.decode import BANDWIDTH, COLD, ENOUGH, MOST_CALLS, Place, main, places, rounds_of
 
 SMALLEST = gate_decode.Case(torch.float32, 16, "TISA", "one query, pages of 16")
 
@@ -43,6 +43,14 @@ def test_the_budget_stops_it(tmp_path, capsys):
 def test_places_and_their_floor():
     assert len(set(places("cuda", False))) == 32
     assert Place(1, 16, 16, 128, 8192).cache_bytes(2) == 67_108_864
+
+
+def test_a_graph_holds_enough_work():
+    for size in (p.cache_bytes(2) for p in places("cuda", False)):
+        copies = max(1, min(64, COLD // size))
+        rounds = rounds_of(size, copies)
+        assert rounds * copies <= max(MOST_CALLS, copies)
+        assert rounds * copies * size / BANDWIDTH >= ENOUGH or (rounds + 1) * copies > MOST_CALLS
 
 
 @pytest.mark.triton

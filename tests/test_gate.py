@@ -99,6 +99,51 @@ def test_a_run_that_does_not_repeat_fails(monkeypatch):
     assert "dq differs when repeated" in row["failed"]
 
 
+def gpu_run(monkeypatch, folder, numerics):
+    """As on a GPU, but for `numerics`, memory and speed."""
+    from posattn.kernels import configs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(configs, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(gate, "machine", lambda: {"device": "NVIDIA H200", "triton": "3.7.1"})
+    monkeypatch.setattr(gate, "numerics", numerics)
+    monkeypatch.setattr(gate.gate_speed, "memory", lambda *_: {"rows": [], "failed": ["N 4096: too much"]})
+    monkeypatch.setattr(gate.gate_speed, "speed", lambda *_: {"rows": [], "not_reached": ["D 64, N 32768"]})
+    monkeypatch.setattr(gate, "RESULTS", folder)
+
+
+def test_the_report_of_another_schedule(monkeypatch, tmp_path, capsys):
+    """Says of each row why it was refused, spends its budget on numerics in 16 bits, and stops at no quarter of it."""
+    from posattn.kernels import configs, schedules
+
+    shares, ran = [], []
+
+    def numerics(cases, device, clock, rehearse, share):
+        shares.append(share)
+        ran.extend(cases)
+        return {"rows": [{"case": str(case), "errors": {}, "failed": []} for case in cases], "not_reached": []}
+
+    gpu_run(monkeypatch, tmp_path, numerics)
+    monkeypatch.setattr(gate, "SCHEDULE", "specialised")
+    row = configs.OTHERS["sm_90", "forward", 16, 128][0]
+    kind = ("forward", "cuda:0", torch.bfloat16, 128, "table", row, "3.7.1")
+    monkeypatch.setattr(schedules, "_verdicts", {kind: "its warps are one", (*kind[:4], "", *kind[5:]): ""})
+    gate.main(["--part", "attention"])
+    name = schedules.name("sm_90", "forward", 16, 128, row)
+    (path,) = tmp_path.glob("gate-specialised-NVIDIA-H200-*.json")
+    report = json.loads(path.read_text("utf-8"))
+    assert [(v["row"], v["why"]) for v in report["verdicts"]] == [
+        (f"{name}, torch.bfloat16, table", "its warps are one"), (f"{name}, torch.bfloat16, no options", ""),
+    ]  # fmt: skip
+    assert name in report["configs"]["not_covered"]
+    printed = capsys.readouterr().out
+    assert f"{name}, torch.bfloat16, table: its warps are one" in printed
+    assert f"{name}, torch.bfloat16, no options: agrees with the plain kernel" in printed
+    assert shares == [1.0, 1.0]
+    every = gate.served(list(gate_numerics.cases()), torch.device("cpu"))
+    assert ran == [case for case in every if case.dtype != torch.float32]
+
+
 def test_the_report_of_a_gpu_run(monkeypatch, tmp_path, capsys):
     """Everything around the parts that need the GPU: order, exit status, file, what was not reached."""
     from posattn.kernels import configs
@@ -111,13 +156,7 @@ def test_the_report_of_a_gpu_run(monkeypatch, tmp_path, capsys):
         rows = [{"case": str(case), **kept} for case in cases[:5]]
         return {"rows": rows, "not_reached": [str(case) for case in cases[5:]]}
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(configs, "arch", lambda device: "sm_90")
-    monkeypatch.setattr(gate, "machine", lambda: {"device": "NVIDIA H200", "triton": "3.7.1"})
-    monkeypatch.setattr(gate, "numerics", numerics)
-    monkeypatch.setattr(gate.gate_speed, "memory", lambda *_: {"rows": [], "failed": ["N 4096: too much"]})
-    monkeypatch.setattr(gate.gate_speed, "speed", lambda *_: {"rows": [], "not_reached": ["D 64, N 32768"]})
-    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+    gpu_run(monkeypatch, tmp_path, numerics)
     assert gate.main([]) == 1
     printed = capsys.readouterr().out
     assert "N 4096: too much" in printed
@@ -135,12 +174,17 @@ def test_the_report_of_a_gpu_run(monkeypatch, tmp_path, capsys):
         gate.served(list(made()), torch.device("cpu"))
         for made in (gate_numerics.first_cases, gate_features.cases, gate_decode.cases)
     )
-    assert len(first) == 14
-    assert ran[14 : ran.index(mixing[0])] == features + caches
+    assert ran[: len(first)] == first
+    assert ran[len(first) : ran.index(mixing[0])] == features + caches
     others = [case for case in ran if isinstance(case, gate_numerics.Case)]
-    assert others == gate.served(list(gate_numerics.cases()), torch.device("cpu"))
+    every = gate.served(list(gate_numerics.cases()), torch.device("cpu"))
+    assert others == first + every[5:]  # what the first share left over comes before the mixed cases
     report = json.loads(path.read_text("utf-8"))
     assert [len(report[part]["rows"]) for part in ("numerics", "mixing")] == [10, 5]
+
+    ran.clear()
+    assert gate.main(["--part", "attention", "--cases", "1::4"]) == 0  # which times nothing
+    assert ran == every[1::4]
 
     ran.clear()
     assert gate.main(["--part", "mixing", "--cases", "1::4"]) == 0

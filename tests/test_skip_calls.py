@@ -175,9 +175,16 @@ def test_the_budget_stops_timing(tmp_path, capsys):
 
 
 def test_tiles():
-    """Rows 0 .. 255 in groups of 16, of which the second tile of rows needs its own 128 keys and one more."""
-    first = (torch.arange(16) * 16 - 1).clamp(min=0).expand(1, 2, 16).clone()
-    last = (torch.arange(16) * 16 + 16).expand(1, 2, 16).clone()
+    """Rows 0 .. 383 in groups of 16, of which the later tiles of rows need their own 128 keys and one more."""
+    first = (torch.arange(24) * 16 - 1).clamp(min=0).expand(1, 2, 24).clone()
+    last = (torch.arange(24) * 16 + 16).expand(1, 2, 24).clone()
     first[0, 1] = 0
-    # Tiles of 128 rows and 64 keys that causality leaves: 2 and 4.
-    assert benchmark.tiles_left_out(first, last, 256) == pytest.approx([1 / 6, 0.0])
+    # Tiles of 128 rows and 128 keys that causality leaves: 1, 2 and 3; needed by the first head: 1, 2 and 2.
+    assert benchmark.tiles_left_out(first, last, 384) == pytest.approx([1 / 6, 0.0])
+
+
+def test_tiles_are_those_of_the_kernel():
+    configs = pytest.importorskip("posattn.kernels.configs")
+    for width in (64, 128):
+        row = configs.CONFIGS["sm_90", "forward", 16, width]
+        assert (row.block_m, row.block_n) == benchmark.TILE

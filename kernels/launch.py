@@ -175,7 +175,7 @@ def backward(
             "cols" if dqt is None else "once", attend_backward_cols, p.key_programs, Q=p.q, K=p.k, V=p.v, DO=do,
             LSE2=lse2, DELTA=delta, kept_h=kept_h, DK=dk, DV_OUT=dv, DQT=dqt, t_l=in_blocks(p.queries), WORDS=words,
             rule=ToeplitzTurned(*p.rule[:6], *where, lift=p.rule.lift) if with_table else p.rule, scale=scale,
-            scale2=p.scale2, NEAR=needed, other=other if dqt is None else None, reset=reset,
+            scale2=p.scale2, NEAR=needed, other=other if dqt is None else None, reset=None if dqt is None else reset,
             **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
         )  # fmt: skip
     if dqt is not None:

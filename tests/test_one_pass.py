@@ -108,20 +108,25 @@ def test_dropout_and_skipping(passes: list[str], monkeypatch: pytest.MonkeyPatch
         assert error(once, twice) < 1e-5
 
 
-def test_a_search_leaves_nothing_in_what_is_added_up(passes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As POSATTN_AUTOTUNE=1 does: several launches, then a reset, then the one that counts."""
-    run = configs.run
+@pytest.mark.parametrize("way", ["once", "twice"])
+@pytest.mark.parametrize("searched", ["rows", "cols", "once"])
+def test_a_search_changes_nothing(searched: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As POSATTN_AUTOTUNE=1 does: several launches, then a reset if there is one, then the launch that counts."""
+    monkeypatch.setenv("POSATTN_BACKWARD", way)
+    run, seen = configs.run, []
 
     def search(direction, q, width, rule, length, launch, reset, *more):
-        if direction == "once":
+        seen.append(direction)
+        if direction == searched:
             launch(configs.pick("interpreter", direction, 32, width))
-            reset()
+            if reset is not None:
+                reset()
         run(direction, q, width, rule, length, launch, reset, *more)
 
     monkeypatch.setattr(configs, "run", search)
     case = CASES["table causal, batch"]
     p = problem(case)
     correct, actual = expected(case, p, None), computed(case, p, None)
-    assert "once" in passes
+    assert seen == ["forward", "rows", "once" if way == "once" else "cols"]
     for key, value in correct.items():
         assert error(actual[key], value) < tolerance(case.dtype), key

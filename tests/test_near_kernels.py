@@ -216,12 +216,16 @@ def test_what_is_no_number_is_never_left_out(bad, where):
     assert out.isnan().any()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    ["causal", "table", "window", "queries far ahead", "valley and hill", "gaps", "half", "opposed"],
+)
 def test_kernels_with_and_without(name):
     """out, lse and all gradients, tile by tile: what they differ by is below rounding."""
     case = CASES[name]
     made = make(case)
-    q, k, v, told = made["q"], made["k"], made["v"], made["told"]
+    q, k, v, told = *(made[x][:1] for x in "qkv"), made["told"]
+    told["key_mask"] = None if told["key_mask"] is None else told["key_mask"][:1]
     generator = torch.Generator().manual_seed(8)
     grad = torch.randn(q.shape, generator=generator).to(q)
     ways = []

@@ -30,7 +30,7 @@ from .problem import Problem, on_its_gpu, padded, rows_contiguous, strides
 from .relative import RelativeGradient
 from .scaled import LEAST_ROWS, ScaledGradient, add_up, room_for_sums
 from .tile import HIDDEN
-from .toeplitz import ToeplitzGradient, ToeplitzTurned, seen_offsets
+from .toeplitz import ToeplitzGradient, seen_offsets
 
 TURNED = 64  # rows of a tile of dQ that is transposed
 
@@ -168,15 +168,17 @@ def backward(
             **strides(q=p.q, k=p.k, v=p.v, o=out, do=do, dq=dq if with_q else p.q),
         )  # fmt: skip
     if need_kv:
-        with_table = dqt is not None and target is not None
         needed = None if needed is None else turned(p, needed)
-        other = Columns(p, do, lse2, delta, kept_h, dk, dv, needed, slopes, scale)
+        rule_of_keys, other = p.rule, None
+        if dqt is None:
+            other = Columns(p, do, lse2, delta, kept_h, dk, dv, needed, slopes, scale)
+        elif target is not None:
+            rule_of_keys = ToeplitzGradient(*p.rule[:6], *where, None, None, turned=1, lift=p.rule.lift)
         p.launch(
             "cols" if dqt is None else "once", attend_backward_cols, p.key_programs, Q=p.q, K=p.k, V=p.v, DO=do,
             LSE2=lse2, DELTA=delta, kept_h=kept_h, DK=dk, DV_OUT=dv, DQT=dqt, t_l=in_blocks(p.queries), WORDS=words,
-            rule=ToeplitzTurned(*p.rule[:6], *where, lift=p.rule.lift) if with_table else p.rule, scale=scale,
-            scale2=p.scale2, NEAR=needed, other=other if dqt is None else None, reset=None if dqt is None else reset,
-            **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
+            rule=rule_of_keys, scale=scale, scale2=p.scale2, NEAR=needed, other=other,
+            reset=None if dqt is None else reset, **strides(q=p.q, k=p.k, v=p.v, do=do, dk=dk, dv=dv),
         )  # fmt: skip
     if dqt is not None:
         turn_rows[(-(-p.queries // TURNED) * p.batch * p.heads,)](

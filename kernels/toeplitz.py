@@ -91,13 +91,13 @@ def tails_start(rule, BLOCK_M: tl.constexpr):
 @triton.jit
 def table_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.constexpr):
     if rule.span is None:
-        add_diagonals(dl, rule, m0, n0, h, PRECISION)
+        add_diagonals(dl, rule, m0, n0, h, PRECISION, rule.turned is not None)
         return T
     else:
         near = (last >= S[0]) & (first <= S[1])
         if rule.grad is not None:  # noqa: SIM102 - known when compiled; the other only when run
             if near:
-                add_diagonals(dl, rule, m0, n0, h, PRECISION)
+                add_diagonals(dl, rule, m0, n0, h, PRECISION, rule.turned is not None)
         if rule.tails is None:
             return T
         else:
@@ -113,17 +113,6 @@ def table_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.
                 left += tl.sum(tl.where(x < S[0], ds, 0.0), 1)
                 right += tl.sum(tl.where((x > S[1]) & (x >= S[0]), ds, 0.0), 1)
             return (left, right)
-
-
-@triton.jit
-def turned_gradient(ds, dl, T, S, R, m0, n0, first, last, h, rule, PRECISION: tl.constexpr):
-    """Of tiles [BLOCK_N, BLOCK_M]."""
-    if rule.span is None:
-        add_diagonals(dl, rule, m0, n0, h, PRECISION, True)
-    else:
-        if (last >= S[0]) & (first <= S[1]):
-            add_diagonals(dl, rule, m0, n0, h, PRECISION, True)
-    return T
 
 
 @triton.jit
@@ -157,7 +146,7 @@ class Toeplitz(NamedTuple):
 
 
 class ToeplitzGradient(NamedTuple):
-    """Logits, and the table's gradient."""
+    """Logits, and the table's gradient; with `turned`, of tiles [BLOCK_N, BLOCK_M], where tails owe nothing."""
 
     base: Any
     stride: Any
@@ -169,6 +158,7 @@ class ToeplitzGradient(NamedTuple):
     grad_stride: Any
     tails: Any
     tails_stride: Any
+    turned: Any = None
     unscaled: Any = None
     lift: Any = None
     setup: Any = load_span
@@ -179,30 +169,6 @@ class ToeplitzGradient(NamedTuple):
     start: Any = tails_start
     table: Any = table_gradient
     finish: Any = tails_finish
-    along: Any = all_along
-
-
-class ToeplitzTurned(NamedTuple):
-    """Logits, and the table's gradient where tiles of scores are transposed and tails owe nothing."""
-
-    base: Any
-    stride: Any
-    zero: Any
-    span: Any
-    heads: Any
-    split: Any
-    grad: Any
-    grad_stride: Any
-    unscaled: Any = None
-    lift: Any = None
-    setup: Any = load_span
-    row_term: Any = no_row_term
-    rows: Any = table_rows
-    cols: Any = nothing
-    score: Any = add_table
-    start: Any = no_start
-    table: Any = turned_gradient
-    finish: Any = no_finish
     along: Any = all_along
 
 

@@ -207,3 +207,15 @@ EVERY = [
     for name in CASES
     if backend == "blockwise" or torch.cuda.is_available() or name not in ALIKE
 ]
+
+
+# One token against a cache, for what is asked of a bias and not of a call.
+Q, K = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 40, 8)
+
+
+def right(bias, query=Q, key=K, **keywords):
+    """What attention gives is what a bias says now."""
+    got = posattn.attention(query, key, key, bias, **keywords)
+    expected = posattn.attention_reference(query, key, key, bias, **keywords)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    return got.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bias_cases import make
+from decode_cases import K, Q, right
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -17,17 +18,6 @@ from posattn.changes import last_step
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-Q, K = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 40, 8)
-
-
-def right(bias, query=Q, key=K, **keywords):
-    """What attention gives is what a bias says now."""
-    got = posattn.attention(query, key, key, bias, **keywords)
-    expected = posattn.attention_reference(query, key, key, bias, **keywords)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    return got.detach()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])

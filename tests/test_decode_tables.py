@@ -12,6 +12,7 @@ import pytest
 import torch
 from bias_cases import CASES as BIASES
 from bias_cases import make
+from decode_cases import K, Q, right
 
 import posattn
 from posattn import KERPLE, TISA, ALiBi, attention_with_kvcache, kept_table
@@ -123,17 +124,6 @@ def test_a_change_makes_a_new_table(change):
     after, zero = kept_table.kept_table(bias, 10, torch.float32)
     assert after is not before
     torch.testing.assert_close(after[:, zero - 9 : zero + 1], bias.table(1, 10).float(), rtol=1e-6, atol=1e-6)
-
-
-Q, K = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 40, 8)
-
-
-def right(bias, query=Q, key=K, **keywords):
-    """What attention gives is what a bias says now."""
-    got = posattn.attention(query, key, key, bias, **keywords)
-    expected = posattn.attention_reference(query, key, key, bias, **keywords)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    return got.detach()
 
 
 @pytest.mark.parametrize("begins", ["prompt", "training"])

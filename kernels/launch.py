@@ -79,7 +79,8 @@ def forward(
             other=Forward(p, out, lse, sinks, needed, slopes),
         )  # fmt: skip
         p.clear(out)
-        p.clear(lse, values=lse.new_full((p.heads,), -math.inf) if sinks is None else sinks)
+        if sequences is not None:
+            p.clear(lse, values=lse.new_full((p.heads,), -math.inf) if sinks is None else sinks)
     return out, lse
 
 
@@ -120,12 +121,12 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     lse2, delta, kept_h = kept_rows(p)
     words = None if p.seed is None else lse2.new_empty(2 * len(lse2))
-    blocks, zero = room(p.behind, p.ahead, sequences is not None)
     sums = target = tails = dfactor = dpieces = None
     # Each program has a place of its own, whatever its tile is: so the sum over programs has one order.
     groups, places = p.groups(p.heads), p.tiles(p.queries, 16)
     if need_table:
         if deterministic:
+            blocks, zero = room(p.behind, p.ahead, sequences is not None)
             sums = torch.zeros(2, p.heads, blocks, 64, dtype=torch.float32, device=q.device)
         else:
             target = torch.zeros(p.heads, p.rule.base.shape[-1], dtype=torch.float32, device=q.device)
